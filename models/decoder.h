@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// A decoder-only transformer as plain tensors. Which parts exist is the family's data; forward has no family names.
+// Letters: T = tokens, D = hidden size, V = vocabulary.
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "models/config.h"
+#include "models/linear.h"
+
+namespace alambic::models {
+
+struct KeyValueCache;  // models/generate.h
+
+struct Block {
+  std::map<Slot, Linear> linears;      // kQuery .. kDown, as the family has them
+  std::map<Slot, at::Tensor> norms;    // kAttentionNorm ..., f32 [size]
+};
+
+/// What a forward pass reads besides the weights.
+struct Input {
+  at::Tensor tokens_T;     // i64
+  at::Tensor positions_T;  // i64
+  std::vector<std::int64_t> document_lengths;  // attention stays inside a document; their sum is T
+  std::uint64_t dropout_seed = 0;              // 0 = evaluating
+  KeyValueCache* cache = nullptr;              // generation: keys and values of earlier tokens of the single document
+};
+
+/// A tensor of the decoder with its published name ("model.layers.0.self_attn.q_proj.weight").
+struct NamedTensor {
+  std::string name;
+  at::Tensor* tensor;
+};
+
+/// A Linear with its published module path ("model.layers.0.self_attn.q_proj"), to which adapters are attached.
+struct NamedLinear {
+  std::string path;
+  Slot slot;
+  std::int64_t layer;  // -1: the head
+  Linear* linear;
+};
+
+struct Decoder {
+  ModelConfig config;
+  at::Tensor embedding_VD;
+  std::vector<Block> blocks;
+  at::Tensor final_norm_D;
+  Linear head;             // head.weight_OI is the same tensor object as embedding_VD where the head is tied
+  bool head_tied = false;  // false after training made the two differ
+
+  /// Final, normalised hidden states, in the compute type; differentiable where something is trained.
+  at::Tensor hidden_TD(const Input& input) const;
+  /// Head on (a choice of) rows; f32. Losses call the head in chunks instead (train/cross_entropy.h).
+  at::Tensor logits_TV(const at::Tensor& hidden_TD) const;
+
+  std::vector<NamedTensor> tensors();    // base weights in a fixed order; a tied head is not listed
+  std::vector<NamedLinear> linears();    // all Linears, the head last
+  at::ScalarType compute_type() const;   // of the Linear weights
+};
+
+/// An all-undefined decoder of the config's structure, for a loader to fill; `shapes` gives what each tensor must be.
+Decoder make_decoder(const ModelConfig& config);
+std::vector<std::pair<std::string, std::vector<std::int64_t>>> expected_shapes(const ModelConfig& config);
+
+/// bf16 where the processor multiplies it natively (AVX512-BF16 or AMX), f32 elsewhere.
+at::ScalarType fastest_compute_type();
+
+}  // namespace alambic::models
