@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -19,24 +20,45 @@ struct TensorEntry {
   std::uint64_t begin = 0, end = 0;  // in the file's data section
 };
 
-/// Every rule of the format is checked before a tensor is handed out (reference: safetensors/src/tensor.rs).
+/// A file whose header was checked by every rule of the format before a tensor is handed out (safetensors_header.h).
 class SafetensorsFile {
  public:
+  /// Error(kData) naming the file when it is missing or breaks a rule. Nothing but the header is read.
   explicit SafetensorsFile(const std::filesystem::path& path);
   const std::map<std::string, TensorEntry>& entries() const;
   const std::map<std::string, std::string>& metadata() const;
-  /// A view into the mapping (no copy; the mapping lives as long as the tensor). Do not write into it.
+  /// A view into the mapping; it stays valid after this object is gone. Pages are read from disk when first touched.
+  /// READ-ONLY MEMORY: clone before writing into it or training it. Where the file places the tensor at an address its
+  /// type cannot have, a copy is returned. Error(kData) when there is no such tensor.
   at::Tensor tensor(const std::string& name) const;
   const std::filesystem::path& path() const;
 
  private:
   struct State;
-  std::shared_ptr<State> state_;
+  std::shared_ptr<const State> state_;
 };
 
-/// Writes the tensors in the format's order (alignment descending, then name); returns the file's SHA-256.
-/// Refuses non-finite values: Error(kNumerics) naming the tensor and the first bad index.
+/// A tensor yet to be written.
+struct TensorToWrite {
+  std::string name;
+  at::ScalarType type;
+  std::vector<std::int64_t> shape;
+};
+
+/// Writes tensors in the format's order (widest element type first, then name) and returns the file's SHA-256.
+/// make(i) is called once for each element of `tensors`, in that order, so that one tensor is in memory at a time; what
+/// it returns must have the type and shape announced. The file appears under `path` only when it is whole (a mapping of
+/// an older file of that name stays intact). Error(kNumerics) names the first value that is not finite.
+std::string write_safetensors(const std::filesystem::path& path, const std::vector<TensorToWrite>& tensors,
+                              const std::function<at::Tensor(std::size_t)>& make,
+                              const std::map<std::string, std::string>& metadata = {{"format", "pt"}});
+
+/// The same for tensors that exist already.
 std::string write_safetensors(const std::filesystem::path& path, const std::vector<std::pair<std::string, at::Tensor>>& tensors,
                               const std::map<std::string, std::string>& metadata = {{"format", "pt"}});
+
+/// Index (of the flattened tensor) of the first NaN or infinity, or -1. One pass over memory, on all threads.
+/// tensor: contiguous, on the CPU; integer types hold none.
+std::int64_t first_non_finite(const at::Tensor& tensor);
 
 }  // namespace alambic::checkpoints
