@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Installs what building and running alambic needs: Debian packages, libtorch, a Rust toolchain where there is none,
+# and with --oracle the Python packages that the oracle tests and the benchmarks compare with.
+# Everything but Debian packages goes to .deps/ in this folder. Run it again at any time: what is there is left alone.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+usage() { sed -n '3,5s/^# //p' "$0"; echo "usage: scripts/setup.sh [--oracle]"; }
+oracle=false
+for argument in "$@"; do
+  case $argument in
+    --oracle) oracle=true ;;
+    -h|--help) usage; exit 0 ;;
+    *) echo "setup.sh: unknown option '$argument'" >&2; usage >&2; exit 2 ;;
+  esac
+done
+
+say() { echo "setup: $*" >&2; }
+
+packages=(g++ cmake ninja-build ccache mold pkg-config libhdf5-dev libcxxopts-dev libyaml-cpp-dev nlohmann-json3-dev
+          libgtest-dev libssl-dev zlib1g-dev libzstd-dev python3 python3-venv ca-certificates git)
+$oracle && packages+=(strace man-db bash-completion)
+
+as_root() {
+  if [ "$(id -u)" = 0 ]; then "$@"
+  elif command -v sudo >/dev/null; then sudo "$@"
+  else say "not root and no sudo; please install: $*"; exit 5; fi
+}
+installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
+install_packages() { # only those that are missing; the package lists are brought up to date first
+  local missing=() name
+  for name in "$@"; do installed "$name" || missing+=("$name"); done
+  [ ${#missing[@]} = 0 ] && return
+  say "installing Debian packages: ${missing[*]}"
+  as_root apt-get update -qq
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+}
+install_packages "${packages[@]}"
+
+# Rust: any cargo of 1.85 or newer will do; Debian 12 carries one that is new enough under the name cargo-web.
+export PATH="$PATH:$HOME/.cargo/bin"
+rust_version=$(cargo --version 2>/dev/null | cut -d' ' -f2 || true)
+if [ -z "$rust_version" ] || [ "$(printf '%s\n' 1.85.0 "$rust_version" | sort -V | head -n 1)" != 1.85.0 ]; then
+  say "installing a Rust toolchain (found: ${rust_version:-none})"
+  install_packages cargo-web rustc-web
+fi
+
+# uv resolves and links wheels in seconds where pip takes minutes.
+mkdir -p .deps
+if ! .deps/uv/bin/uv --version 2>/dev/null | grep -q '^uv 0\.13\.9'; then
+  say "installing uv"
+  rm -rf .deps/uv
+  python3 -m venv .deps/uv
+  .deps/uv/bin/pip install -q --disable-pip-version-check uv==0.13.9
+fi
+
+# install_wheels FOLDER REQUIREMENTS: a virtual environment that holds just those wheels; a stamp tells that it is complete.
+install_wheels() {
+  local folder=$1 requirements=$2 stamp
+  stamp="$(sha256sum < "$requirements") $(python3 --version)"
+  [ "$(cat "$folder/.complete" 2>/dev/null)" = "$stamp" ] && return
+  say "installing the wheels of $requirements into $folder"
+  rm -rf "$folder"
+  .deps/uv/bin/uv venv -q --python "$(command -v python3)" "$folder"
+  .deps/uv/bin/uv pip install -q --python "$folder" --no-deps -r "$requirements"
+  printf '%s' "$stamp" > "$folder/.complete"
+}
+install_wheels .deps/libtorch scripts/requirements/libtorch.txt
+if $oracle; then install_wheels .deps/oracle scripts/requirements/oracle.txt; fi
+say "complete"
