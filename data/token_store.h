@@ -4,10 +4,11 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
-#include <map>
-#include <span>
+#include <optional>
 #include <string>
 #include <vector>
+
+#include "core/json.h"
 
 namespace alambic::data {
 
@@ -28,7 +29,7 @@ struct StoreInfo {
 
 struct Document {
   std::vector<std::uint32_t> ids;
-  std::vector<std::uint8_t> mask;  // per id: 1 = this token is predicted (its loss counts), 0 = context only
+  std::vector<std::uint8_t> mask;  // per id: 1 = this token is predicted (its loss counts), 0 = context only; the first is 0
   std::uint16_t source = 0;        // index into StoreInfo::sources
   std::uint64_t num_bytes = 0;     // UTF-8 bytes of the tokens whose mask is 1 (what bits per byte divides by)
   std::uint64_t num_words = 0;     // words of the whole text
@@ -38,18 +39,27 @@ struct StoreTotals {
   std::uint64_t documents = 0, tokens = 0, trained_tokens = 0, bytes = 0, words = 0;
 };
 
-/// Appends documents to shards in a folder. A shard is committed whole (temporary name, fsync, rename, then the index);
-/// opening a folder that a killed writer left goes on behind the last committed shard.
+/// Appends documents to shards in a folder. A shard is committed whole (temporary name, fsync, rename, then this part's
+/// index); opening a folder that a killed writer left goes on behind the last committed shard. The bytes written are a
+/// function of the documents and settings alone.
 class TokenStoreWriter {
  public:
-  /// shard_index, num_shards: this process's part of a parallel prepare (its shards carry its number); 0, 1 when alone.
-  TokenStoreWriter(const std::filesystem::path& folder, StoreInfo info, std::uint64_t tokens_per_shard = 64ull << 20,
-                   std::uint32_t part = 0, std::uint32_t num_parts = 1);
+  /// part, num_parts  this process's part of a parallel prepare (its shards carry its number); 0, 1 when alone.
+  /// recipe           how the documents were made; kept in the index. Going on with another recipe or info is Error(kUsage).
+  /// Error(kUsage) too when another process writes this part, or when the folder holds something else.
+  TokenStoreWriter(const std::filesystem::path& folder, StoreInfo info, std::uint64_t tokens_per_shard = 16ull << 20,
+                   std::uint32_t part = 0, std::uint32_t num_parts = 1, Json recipe = nullptr);
   ~TokenStoreWriter();
-  /// Documents this part has committed already; the caller skips as many inputs.
+  /// Documents this part has committed already; the caller skips as many of its documents.
   std::uint64_t committed_documents() const;
-  void append(const Document& document);
-  /// Commits the last shard and marks this part complete; the store opens once all parts are complete.
+  /// The `position` given with the last committed document; nullopt when there is none. For callers that skip inputs.
+  std::optional<std::uint64_t> committed_position() const;
+  /// True when the folder holds a finished store made with these settings: nothing is left to append.
+  bool complete() const;
+  /// Error(kBug) for an empty document, sizes that differ, an id or source out of range, or a first token that is trained.
+  void append(const Document& document, std::uint64_t position = 0);
+  /// Commits the last shard and marks this part complete. The last part to finish writes index.json: from then on the
+  /// store opens. Returns the totals of this part. Error(kData) when the whole store would be empty.
   StoreTotals finish();
 
  private:
@@ -72,6 +82,7 @@ class TokenStore {
   /// SHA-256 of index.json, which holds the hashes of all shards: the identity of the data.
   const std::string& hash() const;
   std::uint64_t num_documents() const;
+  const Json& recipe() const;  // as given to the writer
   std::uint32_t length(std::uint64_t document) const;  // in tokens, from the index in memory (4 bytes a document)
   Document read(std::uint64_t document) const;         // safe from several threads
 
