@@ -8,20 +8,34 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "models/decoder.h"
 
 namespace alambic::checkpoints {
 
-/// All tensors of a folder by name, mapped. Checks index and shards (names are bare file names inside the folder).
+/// The regular file `name` of a folder that somebody else made; an empty path when there is none. A symbolic link may lead
+/// to a file of the same folder or, in the Hub's cache layout (<repo>/snapshots/<revision>/ -> <repo>/blobs/), to a blob;
+/// any other link is Error(kData), because a published folder must not pull in what lies elsewhere on the machine.
+std::filesystem::path file_of_folder(const std::filesystem::path& folder, const std::string& name);
+
+/// All tensors of a folder by name, mapped. model.safetensors, or the shards of model.safetensors.index.json. Error(kData)
+/// lists every disagreement of index and shards: a name that is no bare file name, a missing or an unlisted shard, a
+/// tensor that is not in the shard named, a tensor that the index does not name. Pickled weights are never opened.
 class FolderTensors {
  public:
   explicit FolderTensors(const std::filesystem::path& folder);
   ~FolderTensors();
-  std::vector<std::string> names() const;
-  at::Tensor tensor(const std::string& name) const;  // a view of the mapping
-  /// SHA-256 over the sorted (file name, file hash) pairs of config and weights: the identity of a base model.
+  std::vector<std::string> names() const;                               // sorted
+  at::ScalarType type(const std::string& name) const;                   // as stored
+  std::vector<std::int64_t> shape(const std::string& name) const;
+  bool contains(const std::string& name) const;
+  at::Tensor tensor(const std::string& name) const;                     // SafetensorsFile::tensor
+  at::Tensor tensor_as(const std::string& name, at::ScalarType type) const;  // SafetensorsFile::tensor_as
+  std::uint64_t num_bytes() const;                                      // of all weight files
+  /// SHA-256 over the sorted (file name, SHA-256 of the file) pairs of config.json and the weight files: the identity of a
+  /// base model, wherever its folder lies.
   std::string hash() const;
 
  private:
@@ -29,20 +43,25 @@ class FolderTensors {
   std::unique_ptr<State> state_;
 };
 
-/// Loads config and weights in `compute_type` (norms f32). Error(kData) lists every missing, unclaimed or misshapen
-/// tensor, with the nearest names; non-finite weights are refused.
+/// Loads config and weights: norms in f32, all else in `compute_type`, converted once. Tensors stored in the wanted type
+/// stay views of the mapping (loading then reads a page when it is first used); they may be trained in place.
+/// Error(kData) lists every missing, unclaimed or misshapen tensor with the nearest names; weights that are not finite are
+/// refused. A head that config.json calls tied but that is stored with other values is kept as its own tensor, with a
+/// warning, and config.tied_head and config.source then say so.
 models::Decoder load_decoder(const std::filesystem::path& folder, at::ScalarType compute_type);
 
-/// Identity of the base in `folder`; cached beside nothing, computed by reading the files once.
+/// FolderTensors::hash of `folder`, computed by reading the files once.
 std::string base_hash(const std::filesystem::path& folder);
 
-/// Writes tensors shard by shard (at most max_shard_bytes each) with model.safetensors[.index.json]. tensors are made one
-/// at a time by `make(i)`, so that one shard at most is in memory. Returns (file name, SHA-256) pairs.
+/// Writes tensors in the order given into shards of at most max_shard_bytes (more only where one tensor is larger):
+/// model.safetensors alone, or model-0000i-of-0000n.safetensors with model.safetensors.index.json. make(i) is called once
+/// for each, and what it returns is converted to `type`; one tensor at a time is in memory. Returns (file name, SHA-256).
 std::vector<std::pair<std::string, std::string>> write_weights(
     const std::filesystem::path& folder, const std::vector<std::pair<std::string, std::vector<std::int64_t>>>& names_and_shapes,
-    at::ScalarType type, const std::function<at::Tensor(std::size_t)>& make, std::uint64_t max_shard_bytes = 5ull << 30);
+    at::ScalarType type, const std::function<at::Tensor(std::size_t)>& make, std::uint64_t max_shard_bytes = 5'000'000'000);
 
-/// config, tokenizer, template, generation config, LICENSE and NOTICE texts that a derived folder carries over unchanged.
+/// Copies what a derived folder carries over unchanged: config.json, generation_config.json, tokenizer files, chat
+/// templates, and the texts LICENSE*, NOTICE*, USE_POLICY* and the like; never README.md or weights. Returns the names.
 std::vector<std::string> copy_companions(const std::filesystem::path& from, const std::filesystem::path& to);
 
 }  // namespace alambic::checkpoints

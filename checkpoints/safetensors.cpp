@@ -96,6 +96,16 @@ at::Tensor SafetensorsFile::tensor(const std::string& name) const {
   return at::from_blob(const_cast<std::byte*>(bytes), entry.shape, [state = state_](void*) {}, options);
 }
 
+at::Tensor SafetensorsFile::tensor_as(const std::string& name, at::ScalarType type) const {
+  const at::Tensor stored = tensor(name);
+  if (stored.scalar_type() == type) return stored;
+  at::Tensor converted = stored.to(type);
+  const TensorEntry& entry = state_->entries.at(name);
+  const std::size_t data_begin = static_cast<std::size_t>(state_->data - state_->file.bytes().data());
+  state_->file.release(data_begin + entry.begin, data_begin + entry.end);
+  return converted;
+}
+
 std::string write_safetensors(const std::filesystem::path& path, const std::vector<TensorToWrite>& tensors,
                               const std::function<at::Tensor(std::size_t)>& make, const std::map<std::string, std::string>& metadata) {
   std::vector<std::size_t> order(tensors.size());

@@ -28,9 +28,12 @@ class SafetensorsFile {
   const std::map<std::string, TensorEntry>& entries() const;
   const std::map<std::string, std::string>& metadata() const;
   /// A view into the mapping; it stays valid after this object is gone. Pages are read from disk when first touched.
-  /// READ-ONLY MEMORY: clone before writing into it or training it. Where the file places the tensor at an address its
-  /// type cannot have, a copy is returned. Error(kData) when there is no such tensor.
+  /// Writing into it is allowed and never reaches the file (copy on write), but other views of the same tensor see it.
+  /// Where the file places a tensor at an address its type cannot have, a copy is returned. Error(kData): no such tensor.
   at::Tensor tensor(const std::string& name) const;
+  /// The tensor in `type`: the view where it is stored so, else a copy, after which the mapping's pages are given back, so
+  /// that converting a whole file holds one copy of it and not two.
+  at::Tensor tensor_as(const std::string& name, at::ScalarType type) const;
   const std::filesystem::path& path() const;
 
  private:

@@ -9,6 +9,7 @@
 #include <sys/statvfs.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <cstring>
@@ -197,7 +198,8 @@ MappedFile::MappedFile(const fs::path& path) {
   const Descriptor file(open_for_reading(path));
   size_ = size_of_regular(file.get(), path);
   if (size_ == 0) return;
-  void* address = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file.get(), 0);
+  // NORESERVE: a model larger than the machine's memory may be mapped; only what is written to needs memory of its own.
+  void* address = ::mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, file.get(), 0);
   if (address == MAP_FAILED) fail(ErrorKind::kResource, path.string(), ": cannot be mapped: ", std::strerror(errno));
   data_ = static_cast<const std::byte*>(address);
 }
@@ -207,6 +209,13 @@ MappedFile::MappedFile(MappedFile&& other) noexcept
 
 MappedFile::~MappedFile() {
   if (data_) ::munmap(const_cast<std::byte*>(data_), size_);
+}
+
+void MappedFile::release(std::size_t begin, std::size_t end) const {
+  const std::size_t page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+  begin = (begin + page - 1) / page * page;  // pages shared with a neighbour stay
+  end = std::min(end, size_) / page * page;
+  if (begin < end) ::madvise(const_cast<std::byte*>(data_) + begin, end - begin, MADV_DONTNEED);
 }
 
 FolderLock::FolderLock(const fs::path& folder) {

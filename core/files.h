@@ -69,7 +69,8 @@ void commit_folder(const fs::path& temporary, const fs::path& target);
 /// Free space in bytes on the file system that holds `path` (or its nearest existing parent).
 std::uint64_t free_bytes(const fs::path& path);
 
-/// A read-only view of a file, mapped; stays valid while the object lives. Empty files have an empty view.
+/// A file mapped copy on write; the view stays valid while the object lives. Empty files have an empty view. Tensors made
+/// of it may be trained in place: a page that is written to becomes this process's own, and the file never changes.
 class MappedFile {
  public:
   explicit MappedFile(const fs::path& path);
@@ -78,6 +79,9 @@ class MappedFile {
   MappedFile& operator=(MappedFile&&) = delete;
   std::span<const std::byte> bytes() const { return {data_, size_}; }
   std::string_view text() const { return {reinterpret_cast<const char*>(data_), size_}; }
+  /// Gives the memory of the whole pages within [begin, end) back; reading them again reads the file, and what was
+  /// written into them is lost.
+  void release(std::size_t begin, std::size_t end) const;
 
  private:
   const std::byte* data_ = nullptr;
