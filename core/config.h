@@ -18,6 +18,7 @@
 #include <functional>
 #include <limits>
 #include <map>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -36,6 +37,9 @@ struct FieldInfo {
 };
 
 /// Walks a config struct. Relative paths in a YAML file are relative to the current folder, not to the file.
+/// The field's type alone decides how a value is read, never its look: `language: no` is the text "no", `rank: "8"` is not a
+/// number. Whole numbers are digits without a leading zero (8, -1; not 010, 0x10, 1_000 or 1e6); other numbers are JSON's
+/// (0.5, 2e-4; not .5, inf or nan); booleans are true and false.
 class FieldVisitor {
  public:
   virtual ~FieldVisitor() = default;
@@ -60,7 +64,7 @@ class FieldVisitor {
   /// A YAML sequence of mappings.
   template <class Struct>
   void list(const std::string& key, std::vector<Struct>& values, const FieldInfo& info) {
-    values.resize(begin_list(key, values.size(), info));
+    if (const std::optional<std::size_t> size = begin_list(key, values.size(), info)) values.assign(*size, Struct{});
     for (std::size_t i = 0; i < values.size(); ++i) {
       begin_item(i);
       values[i].visit(*this);
@@ -76,7 +80,8 @@ class FieldVisitor {
  protected:
   virtual void begin_group(const std::string& key, const std::string& help) = 0;
   virtual void end_group() = 0;
-  virtual std::size_t begin_list(const std::string& key, std::size_t current_size, const FieldInfo& info) = 0;  // returns the size to read
+  /// The number of entries that will be read, or nullopt: the entries that are there stay.
+  virtual std::optional<std::size_t> begin_list(const std::string& key, std::size_t current_size, const FieldInfo& info) = 0;
   virtual void begin_item(std::size_t index) = 0;
   virtual void end_item() = 0;
   virtual void end_list() = 0;
@@ -92,7 +97,11 @@ std::string config_help_of(const Visit& visit);
 
 /// Reads `file` (may be empty: defaults only), then the overrides "a.b=v" in order. All problems are collected and thrown
 /// as one Error(kUsage), a line each, "file:line:column: ..." with the nearest key: unknown or duplicate keys, wrong
-/// types, values out of range, `010`, `yes`, tabs, anchors and merges, a missing required field.
+/// types, values out of range, `010`, `yes`, tabs, anchors and merges, a missing required field. A file that is missing,
+/// larger than 1 MiB or not UTF-8 is Error(kData).
+/// An override's value is flow YAML ("data.mixture.0.weight=2", "lora.targets=[q_proj, v_proj]") and is reported as
+/// "--set a.b: ..."; it replaces what the file says there. A number in the path is the place in a list; the place
+/// behind the last one appends.
 template <class Config>
 Config read_config(const std::filesystem::path& file, const std::vector<std::string>& overrides = {}) {
   Config config;
