@@ -27,13 +27,10 @@ struct StoreEvaluation {
   std::map<std::string, Evaluation> by_language, by_source;  // keys of SourceInfo; "" is an unknown language
 };
 
-/// Documents in order until max_tokens of them have been read (0: all), whole documents only. A document longer than
-/// row_length is read in pieces that overlap by one token, so every token but a document's first is predicted once.
-/// row_length and tokens_per_batch (tokens in memory at once) do not change which tokens are counted.
-/// Error(kData) when an id is not in the decoder's vocabulary or the store has no token to predict;
-/// Error(kNumerics) when a loss is not finite.
+/// The documents data::EvaluationBatches chooses (max_tokens 0: all of the store), each token predicted once.
+/// Error(kData) when the store's ids do not fit the decoder; Error(kNumerics) when a loss is not finite.
 StoreEvaluation evaluate(const models::Decoder& decoder, const data::TokenStore& store, std::int64_t row_length,
-                         std::uint64_t max_tokens = 0, std::int64_t tokens_per_batch = 2048);
+                         std::int64_t rows_per_batch = 1, std::uint64_t max_tokens = 0);
 
 /// {"loss", "perplexity", "bits_per_byte", "nats", "tokens", "bytes", "documents"}; null where a figure has no divisor.
 Json to_json(const Evaluation& evaluation);

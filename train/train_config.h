@@ -22,7 +22,7 @@ struct MixtureItem {
 struct DataConfig {
   std::vector<MixtureItem> mixture;
   std::int64_t row_length = 512, rows_per_batch = 1, batches_per_step = 8;
-  bool pack = true;
+  bool pack = true, split_long = false;
   void visit(FieldVisitor& fields);
 };
 

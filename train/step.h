@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// The only step there is, and the only place with backward().
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "data/batch.h"
+#include "parallel/communicator.h"
+#include "train/adamw.h"
+
+namespace alambic::train {
+
+/// What a decoder reads of a batch.
+inline models::Input input_of(const data::Batch& batch, std::uint64_t dropout_seed) {
+  return {.tokens_T = batch.tokens_T, .positions_T = batch.positions_T, .document_lengths = batch.document_lengths, .dropout_seed = dropout_seed};
+}
+
+/// Sum of the loss over a batch's kept tokens, in nats: a differentiable f64 scalar. dropout_seed is never 0.
+using LossSum = std::function<at::Tensor(const data::Batch& batch, std::uint64_t dropout_seed)>;
+
+struct StepReport {
+  double nats_per_token = 0, grad_norm = 0;  // as they were, finite or not
+  std::int64_t num_tokens = 0;               // kept tokens of all micro-batches and ranks: the one divisor
+  bool applied = false;                      // false: stopped, or not finite; the weights are as before
+  bool stopped = false;                      // stop_requested() said so between micro-batches
+  std::vector<std::uint64_t> bad_samples = {};  // first samples of micro-batches whose loss is not finite, or of all when only the norm is not
+};
+
+/// One optimiser step over this rank's micro-batches. Error(kData) when every token is masked.
+StepReport step(std::span<const data::Batch> micro_batches, const LossSum& loss_sum, AdamW& optimizer, double learning_rate,
+                double max_grad_norm, std::uint64_t dropout_seed, parallel::Communicator& ranks,
+                const std::function<bool()>& stop_requested = {});
+
+}  // namespace alambic::train

@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "train/train_config.h"
+
+#include <set>
+
+#include "core/error.h"
+#include "models/decoder.h"
+
+namespace alambic::train {
+
+void MixtureItem::visit(FieldVisitor& fields) {
+  fields.field("store", store, {.help = "token store made by prepare", .required = true});
+  fields.field("weight", weight, {.help = "share of rows drawn from this store, relative to the others", .low = 1e-9, .high = 1e9});
+}
+
+void DataConfig::visit(FieldVisitor& fields) {
+  fields.list("mixture", mixture, {.help = "the token stores to learn from", .required = true});
+  fields.field("row_length", row_length, {.help = "most tokens in a row", .unit = "tokens", .low = 2, .high = 1 << 20});
+  fields.field("rows_per_batch", rows_per_batch, {.help = "rows of a micro-batch: what is in memory at once", .low = 1, .high = 4096});
+  fields.field("batches_per_step", batches_per_step, {.help = "micro-batches of one optimiser step, over all ranks", .low = 1, .high = 65536});
+  fields.field("pack", pack, {.help = "several documents a row, without attention across them; false: one document a row"});
+  fields.field("split_long", split_long, {.help = "documents longer than a row: true splits them into rows (plain text); false cuts, counts and reports them (chats)"});
+}
+
+void EvaluationItem::visit(FieldVisitor& fields) {
+  fields.field("name", name, {.help = "how figures of this store are called", .required = true});
+  fields.field("store", store, {.help = "token store with held-out text", .required = true});
+}
+
+void EvaluationConfig::visit(FieldVisitor& fields) {
+  fields.list("stores", stores, {.help = "held-out token stores; evaluated before the first step, every n steps and at the end"});
+  fields.field("every", every, {.help = "steps between evaluations; 0: at the start and at the end only", .unit = "steps", .low = 0, .high = 1e12});
+  fields.field("max_tokens", max_tokens, {.help = "tokens read of each store, rounded up to whole documents; 0: all", .unit = "tokens", .low = 0, .high = 1e15});
+  fields.field("choose_best_by", choose_best_by, {.help = "name of the store whose loss decides which checkpoint is best; empty: the first"});
+}
+
+void OptimizerConfig::visit(FieldVisitor& fields) {
+  fields.field("beta1", beta1, {.help = "AdamW: decay of the mean of gradients", .low = 0, .high = 0.999999});
+  fields.field("beta2", beta2, {.help = "AdamW: decay of the mean of squared gradients", .low = 0, .high = 0.9999999});
+  fields.field("epsilon", epsilon, {.help = "AdamW: added to the denominator", .low = 1e-16, .high = 1});
+  fields.field("weight_decay", weight_decay, {.help = "decoupled decay of all trained tensors but biases and norms", .low = 0, .high = 1});
+  fields.field("max_grad_norm", max_grad_norm, {.help = "gradients are scaled down to this norm; 0: never", .low = 0, .high = 1e6});
+}
+
+void ScheduleConfig::visit(FieldVisitor& fields) {
+  fields.field("shape", shape, {.help = "learning rate after the warm-up", .choices = {"cosine", "linear", "constant", "wsd"}});
+  fields.field("learning_rate", learning_rate, {.help = "highest learning rate", .low = 0, .high = 1});
+  fields.field("warmup_steps", warmup_steps, {.help = "steps of linear warm-up from 0; -1: from warmup_share", .unit = "steps", .low = -1, .high = 1e12});
+  fields.field("warmup_share", warmup_share, {.help = "share of all steps spent warming up, where warmup_steps is -1", .low = 0, .high = 1});
+  fields.field("final_share", final_share, {.help = "last learning rate over the highest (cosine, linear, wsd)", .low = 0, .high = 1});
+  fields.field("decay_share", decay_share, {.help = "wsd: share of all steps spent falling at the end", .low = 0, .high = 1});
+}
+
+void LimitsConfig::visit(FieldVisitor& fields) {
+  fields.field("max_steps", max_steps, {.help = "optimiser steps; 0: no limit", .unit = "steps", .low = 0, .high = 1e12});
+  fields.field("max_epochs", max_epochs, {.help = "passes over the store that lasts longest; 0: no limit", .low = 0, .high = 1e6});
+  fields.field("max_tokens", max_tokens, {.help = "tokens read, rounded up to a whole step; 0: no limit", .unit = "tokens", .low = 0, .high = 1e16});
+  fields.field("patience", patience, {.help = "evaluations without improvement before the run stops early; 0: never", .low = 0, .high = 1e6});
+  fields.field("min_delta", min_delta, {.help = "smallest fall of the loss that counts as improvement", .unit = "nats a token", .low = 0, .high = 100});
+}
+
+void SamplesConfig::visit(FieldVisitor& fields) {
+  fields.field("prompts", prompts, {.help = "fixed prompts whose continuations are logged from step 0 on"});
+  fields.field("every", every, {.help = "steps between samples; 0: at the start and at the end only", .unit = "steps", .low = 0, .high = 1e12});
+  fields.field("max_new_tokens", max_new_tokens, {.help = "length of a sample", .unit = "tokens", .low = 1, .high = 65536});
+  fields.field("chat", chat, {.help = "send prompts through the chat template as a user's message"});
+}
+
+void CheckpointConfig::visit(FieldVisitor& fields) {
+  fields.field("every", every, {.help = "steps between checkpoints", .unit = "steps", .low = 1, .high = 1e12});
+  fields.field("keep", keep, {.help = "newest checkpoints kept; the best one is kept besides", .low = 1, .high = 1e6});
+}
+
+void TrainConfig::visit(FieldVisitor& fields) {
+  fields.field("model", model, {.help = "Hugging Face folder of the base model", .required = true});
+  fields.field("output", output, {.help = "run folder: checkpoints, metrics, the finished adapter", .required = true});
+  fields.field("method", method, {.help = "train low-rank adapters or all weights", .choices = {"lora", "full"}});
+  fields.group("lora", "low-rank adapters (method: lora)", lora);
+  fields.group("data", "what is learnt from", data);
+  fields.group("evaluation", "held-out text", evaluation);
+  fields.group("optimizer", "AdamW", optimizer);
+  fields.group("schedule", "learning rate over time", schedule);
+  fields.group("limits", "when the run ends", limits);
+  fields.group("samples", "fixed prompts", samples);
+  fields.group("checkpoint", "what is kept on disk", checkpoint);
+  fields.field("compute_type", compute_type, {.help = "auto: bf16 where the processor multiplies it natively, else f32", .choices = {"auto", "f32", "bf16"}});
+  fields.field("threads", threads, {.help = "processor threads; 0: all. The same number gives the same bits", .low = 0, .high = 4096});
+  fields.field("seed", seed, {.help = "of the adapter's start, the data order and dropout"});
+  fields.field("log_every", log_every, {.help = "steps between progress lines", .unit = "steps", .low = 1, .high = 1e9});
+}
+
+void check(const TrainConfig& config) {
+  std::string problems;
+  const auto problem = [&](const std::string& line) { problems += (problems.empty() ? "" : "\n") + line; };
+  const LimitsConfig& limits = config.limits;
+  if (limits.max_steps == 0 && limits.max_epochs == 0 && limits.max_tokens == 0)
+    problem("limits: none of max_steps, max_epochs, max_tokens is set, so the run would never end");
+  if (config.data.mixture.empty()) problem("data.mixture: no token store to learn from");
+  std::set<std::string> names;
+  for (const EvaluationItem& item : config.evaluation.stores)
+    if (!names.insert(item.name).second) problem("evaluation.stores: two are called \"" + item.name + "\"");
+  const std::string& best = config.evaluation.choose_best_by;
+  if (!best.empty() && !names.contains(best)) {
+    const std::string nearest = nearest_name(best, {names.begin(), names.end()});
+    problem("evaluation.choose_best_by: no evaluation store is called \"" + best + "\"" + (nearest.empty() ? "" : "; did you mean \"" + nearest + "\"?"));
+  }
+  if (limits.patience > 0 && (names.empty() || config.evaluation.every == 0))
+    problem("limits.patience: an early stop needs evaluation.stores and evaluation.every");
+  if (config.schedule.shape == "wsd" && config.schedule.warmup_steps < 0 && config.schedule.warmup_share + config.schedule.decay_share > 1)
+    problem("schedule: warmup_share + decay_share is more than 1");
+  if (config.method == "full" && config.compute_type == "bf16")
+    problem("compute_type: a full fine-tune trains the weights themselves, which are kept in f32; use auto or f32");
+  if (!problems.empty()) fail(ErrorKind::kUsage, problems);
+}
+
+data::StreamConfig stream_config(const TrainConfig& config) {
+  data::StreamConfig stream{.mixture = {}, .row_length = config.data.row_length, .rows_per_batch = config.data.rows_per_batch,
+                            .batches_per_step = config.data.batches_per_step, .pack = config.data.pack,
+                            .split_long = config.data.split_long, .seed = config.seed};
+  for (const MixtureItem& item : config.data.mixture) stream.mixture.push_back({item.store, item.weight});
+  return stream;
+}
+
+at::ScalarType compute_type_of(const TrainConfig& config) {
+  if (config.compute_type == "bf16") return at::kBFloat16;
+  // Trained base weights are their own f32 masters.
+  if (config.compute_type == "f32" || config.method == "full") return at::kFloat;
+  return models::fastest_compute_type();
+}
+
+}  // namespace alambic::train
