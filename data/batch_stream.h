@@ -105,8 +105,8 @@ struct EvaluationBatch {
 /// Documents of a held-out store, each exactly once, always in the same batches.
 class EvaluationBatches {
  public:
-  /// max_tokens: 0 = the whole store; else whole documents spread evenly over the store, not its beginning, at most so many
-  /// tokens; the choice depends on the store and max_tokens alone. Error(kUsage) when it is below the shortest document.
+  /// max_tokens: 0 = the whole store; else whole documents spread evenly over the store (not its beginning), at most so many
+  /// tokens, but at least one document; the choice depends on the store and max_tokens alone. Error(kData): no trained token.
   /// rank, num_ranks: every num_ranks-th batch, from number `rank` on. The store must outlive this object.
   EvaluationBatches(const TokenStore& store, std::int64_t row_length, std::int64_t rows_per_batch, std::uint64_t max_tokens = 0,
                     int rank = 0, int num_ranks = 1);
