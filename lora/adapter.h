@@ -1,14 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-// Which Linears get an adapter, with which rank; attaching them; the list of everything that trains.
+// Which modules get an adapter or are trained whole; attaching them; the list of everything that trains.
+//
+// Every trained tensor is an f32 leaf (a master), also where the decoder computes in bf16: an update of 1e-6 of a weight
+// would vanish in bf16's 8 bits. models::Linear and the embedding cast a trained weight to the compute type in the forward
+// pass, so its gradient arrives in f32. Frozen tensors keep the type they were loaded in, and are never copied.
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "models/decoder.h"
+
+namespace alambic {
+class FieldVisitor;
+}
 
 namespace alambic::lora {
 
@@ -17,23 +26,58 @@ struct LoraConfig {
   double alpha = 32;
   double dropout = 0;
   /// Module names or path suffixes ("q_proj", "mlp.down_proj"), or one regular expression over whole paths prefixed
-  /// "regex:", or "all-linear" (all but the head), as PEFT matches them.
+  /// "regex:", or "all-linear" (all Linears but the head), as PEFT matches them.
   std::vector<std::string> targets = {"all-linear"};
-  std::map<std::string, std::int64_t> rank_pattern;  // path suffix or regex -> rank, PEFT's rule
-  std::map<std::string, double> alpha_pattern;
+  std::vector<std::string> exclude = {};                  // of the targets: names, suffixes, or one "regex:..."
+  std::map<std::string, std::int64_t> rank_pattern = {};  // regex of a path's end -> rank; the first in sorted order wins
+  std::map<std::string, double> alpha_pattern = {};
   bool rslora = false, dora = false;
-  std::vector<std::string> modules_to_save;          // trained and saved whole: "embed_tokens", "lm_head"
+  /// Trained and saved whole, without an adapter: "embed_tokens", "lm_head", or any module. With a tied head each of the
+  /// two becomes its own copy, as PEFT does it, unless ensure_weight_tying.
+  std::vector<std::string> modules_to_save = {};
+  /// Where the head is tied and one of the two is in modules_to_save: train one tensor and keep the tie.
+  bool ensure_weight_tying = false;
+
+  void visit(FieldVisitor& fields);
 };
 
-/// Adds adapters: A Kaiming-uniform as PEFT does (seeded by name, not by order), B zero; DoRA magnitudes from the base.
-/// modules_to_save become trained copies. Everything else is frozen. Error(kUsage) when a target matches nothing.
-void attach(models::Decoder& decoder, const LoraConfig& config, std::uint64_t seed);
+/// What to do with a target or a pattern that matches nothing: refuse it (a person's config), or say so and go on as PEFT
+/// does (an adapter that was made elsewhere). When nothing at all matches it is always refused.
+enum class Unmatched { kRefused, kWarned };
 
-/// Makes all base tensors train (full fine-tune).
+/// What a config makes of a decoder, before anything is allocated.
+struct PlannedAdapter {
+  std::string path;
+  models::Linear* linear;
+  std::int64_t rank;
+  double alpha;
+};
+struct AdapterPlan {
+  std::vector<PlannedAdapter> adapters;            // in the order of decoder.linears()
+  std::vector<models::NamedTensor> trained_whole;  // by published name; the head too when it is trained apart from a tied embedding
+  bool keep_tie = false;                           // ensure_weight_tying does apply: the head is the trained embedding
+};
+
+/// Error(kUsage) that lists all problems: targets that match nothing with the nearest module names, values out of range.
+AdapterPlan plan_adapters(models::Decoder& decoder, const LoraConfig& config, Unmatched unmatched = Unmatched::kRefused);
+
+/// Adds adapters: A Kaiming-uniform(sqrt(5)) as PEFT does, drawn from (seed, module path) so that order does not matter;
+/// B zero; DoRA magnitudes are the row norms of the base. modules_to_save become trained f32 copies. The rest is frozen.
+void attach(models::Decoder& decoder, const LoraConfig& config, std::uint64_t seed, Unmatched unmatched = Unmatched::kRefused);
+
+/// Makes all base tensors train (full fine-tune): f32 copies; a tied head stays tied.
 void train_everything(models::Decoder& decoder);
 
-/// Everything that trains, with the name it is saved under: PEFT's key for adapters
+/// Everything that trains, with the name it is saved under: PEFT's keys for adapters and modules_to_save
 /// ("base_model.model.<path>.lora_A.weight"), the published name for base tensors of a full fine-tune.
+/// Each tensor once. Write into a tensor in place (copy_): others may hold the same tensor (a tied head).
 std::vector<models::NamedTensor> trainable(models::Decoder& decoder);
+
+/// The same as (key, shape) for a plan that is not attached yet, sorted by key; a head tied to a trained embedding is
+/// listed under its own key too, as PEFT saves it.
+std::vector<std::pair<std::string, std::vector<std::int64_t>>> expected_keys(models::Decoder& decoder, const AdapterPlan& plan, bool dora);
+
+/// PEFT's prefix of every key in an adapter file.
+inline constexpr std::string_view kPeftPrefix = "base_model.model.";
 
 }  // namespace alambic::lora
