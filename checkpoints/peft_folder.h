@@ -1,20 +1,34 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 // A PEFT adapter folder: adapter_config.json + adapter_model.safetensors, readable by PEFT and read from PEFT.
+// Keys (peft 0.21.2): base_model.model.<module path>.lora_A.weight [rank, inputs], .lora_B.weight [outputs, rank],
+// .lora_magnitude_vector [outputs]; base_model.model.<published name> for tensors of modules_to_save.
 #include <filesystem>
+#include <map>
 #include <string>
 
 #include "lora/adapter.h"
 
 namespace alambic::checkpoints {
 
-/// Reads adapter_config.json; Error(kData) naming each field that differs from its default and is not implemented here.
+/// Reads adapter_config.json. Error(kData), a line each: a field that differs from its default and is not implemented
+/// here, an unknown field, a wrong type. Fields that do not change what a trained adapter computes are ignored.
 lora::LoraConfig read_adapter_config(const std::filesystem::path& folder);
 
-/// Attaches the folder's adapter with its weights. Every tensor must be used exactly once; else Error(kData) lists them.
-void load_adapter(models::Decoder& decoder, const std::filesystem::path& folder);
+/// Attaches the folder's adapter with its weights, which then are trainable. Every tensor must be used exactly once:
+/// Error(kData) lists the missing, unexpected, misshapen and non-finite ones, before anything is allocated for them.
+/// Where the folder names the base it was trained on by its hash (write_adapter) and base_hash is given and another, that
+/// is Error(kData) too. A copy of an adapted base weight, which PEFT writes beside an adapter on the head, must equal the
+/// decoder's own. Returns the config.
+lora::LoraConfig load_adapter(models::Decoder& decoder, const std::filesystem::path& folder, const std::string& base_hash = "");
 
-/// Writes the adapter (and modules_to_save) of a decoder; base_name goes into base_model_name_or_path.
-void write_adapter(models::Decoder& decoder, const lora::LoraConfig& config, const std::string& base_name, const std::filesystem::path& folder);
+/// Writes the adapter (and modules_to_save) of a decoder, with a card; the folder is made if need be, and files of these
+/// names in it are replaced. base_name goes into base_model_name_or_path and the card; base_hash (FolderTensors::hash)
+/// into the file's metadata, which PEFT ignores. Error(kNumerics) names the first value that is not finite.
+void write_adapter(models::Decoder& decoder, const lora::LoraConfig& config, const std::string& base_name, const std::filesystem::path& folder,
+                   const std::string& base_hash = "");
+
+/// Metadata key of an adapter file that holds the base's hash.
+inline constexpr const char* kBaseHashKey = "alambic.base_sha256";
 
 }  // namespace alambic::checkpoints
