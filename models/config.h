@@ -1,6 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 // config.json of a Hugging Face model folder, read strictly into the sizes and switches a decoder needs.
+//
+// What a key means, and what stands in for an absent one, is as in transformers 5.23. Keys that change nothing here pass
+// through in `source`. A key that would change the result in a way that is not implemented (another activation, soft
+// capping, quantised weights, ...) is an error. Dropout inside the base model (attention_dropout, resid_pdrop, embd_pdrop)
+// is read but never applied, in training neither; a value above 0 is said on the log.
 #include <cstdint>
 #include <filesystem>
 #include <string>
@@ -16,8 +21,11 @@ namespace alambic::models {
 struct Rope {
   double theta = 10000;
   std::int64_t rotary_size = 0;             // leading part of each head that is rotated; even
-  std::vector<double> inverse_frequency;    // rotary_size / 2 values
+  std::vector<double> inverse_frequency;    // rotary_size / 2 values, each an exact f32
   double attention_factor = 1;              // multiplies cos and sin
+  // LongRoPE only: documents of more than long_from tokens are rotated by these. 0: no such limit.
+  std::vector<double> long_inverse_frequency;
+  std::int64_t long_from = 0;
 };
 
 struct LayerConfig {
@@ -32,12 +40,14 @@ struct ModelConfig {
   std::int64_t num_heads = 0, num_kv_heads = 0, head_size = 0, max_positions = 0;
   double norm_epsilon = 1e-6;
   double attention_scale = 0;                  // q k^T times this
+  bool gelu_tanh = false;                      // gate activation: GELU (tanh form) instead of SiLU
   bool qkv_bias = false, output_bias = false, mlp_bias = false;
   bool tied_head = false;
   Rope rope, local_rope;
   std::vector<LayerConfig> layers;
-  std::vector<std::int64_t> eos_ids;           // of config.json or generation_config.json
-  std::int64_t bos_id = -1;
+  std::vector<std::int64_t> eos_ids;           // of generation_config.json, else of config.json
+  std::int64_t bos_id = -1;                    // -1: none
+  std::int64_t pad_id = -1;                    // -1: none. As in transformers its embedding gets no gradient
   Json source;                                 // the whole config.json, passed through when a folder is written
   std::int64_t num_parameters() const;         // head counted once where it is tied
 };

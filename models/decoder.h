@@ -53,7 +53,8 @@ struct Decoder {
   Linear head;             // head.weight_OI is the same tensor object as embedding_VD where the head is tied
   bool head_tied = false;  // false after training made the two differ
 
-  /// Final, normalised hidden states, in the compute type; differentiable where something is trained.
+  /// Final, normalised hidden states, in the compute type; differentiable where something is trained. The residual stream,
+  /// norms, rotation and softmax are f32; nothing is computed backwards below the lowest tensor that trains.
   at::Tensor hidden_TD(const Input& input) const;
   /// Head on (a choice of) rows; f32. Losses call the head in chunks instead (train/cross_entropy.h).
   at::Tensor logits_TV(const at::Tensor& hidden_TD) const;
@@ -63,7 +64,8 @@ struct Decoder {
   at::ScalarType compute_type() const;   // of the Linear weights
 };
 
-/// An all-undefined decoder of the config's structure, for a loader to fill; `shapes` gives what each tensor must be.
+/// An all-undefined decoder of the config's structure, for a loader to fill. expected_shapes gives the name and the shape
+/// of each of its tensors(), in the same order. Linear weights and the embedding go in in the compute type, norms in f32.
 Decoder make_decoder(const ModelConfig& config);
 std::vector<std::pair<std::string, std::vector<std::int64_t>>> expected_shapes(const ModelConfig& config);
 

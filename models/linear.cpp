@@ -1,1 +1,172 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "models/linear.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/norm.h>
+#include <ATen/ops/sum.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/error.h"
+#include "core/random.h"
+
+namespace alambic::models {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+template <class T>
+void drop(const T* from, T* to, std::int64_t count, std::uint32_t threshold, float scale, std::uint64_t seed) {
+  at::parallel_for(0, (count + 3) / 4, 1 << 13, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t four = begin; four < end; ++four) {
+      const std::uint64_t bits = mix64(seed + static_cast<std::uint64_t>(four));
+      const std::int64_t last = std::min<std::int64_t>(count, 4 * four + 4);
+      for (std::int64_t i = 4 * four; i < last; ++i) {
+        const bool keep = ((bits >> (16 * (i & 3))) & 0xffff) >= threshold;
+        to[i] = static_cast<T>(keep ? static_cast<float>(from[i]) * scale : 0.0f);
+      }
+    }
+  });
+}
+
+// Places among the arguments of forward() after the context, which are the places of their gradients.
+enum Argument : std::size_t { kX, kWeight, kBias, kA, kB, kMagnitude, kNumArguments = 9 };
+
+using Maybe = std::optional<at::Tensor>;
+Maybe if_defined(const at::Tensor& tensor) { return tensor.defined() ? Maybe(tensor) : std::nullopt; }
+
+struct AdaptedLinear : torch::autograd::Function<AdaptedLinear> {
+  // a and b are there with an adapter, magnitude with DoRA. z is dropout(x), u is z A^T.
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x_TI, const at::Tensor& weight_OI, const Maybe& bias,
+                            const Maybe& a, const Maybe& b, const Maybe& magnitude, double scale, double dropout, std::uint64_t seed) {
+    const at::Tensor bias_O = bias.value_or(at::Tensor()), a_RI = a.value_or(at::Tensor()), b_OR = b.value_or(at::Tensor());
+    const at::Tensor magnitude_O = magnitude.value_or(at::Tensor());
+    const at::ScalarType type = weight_OI.scalar_type();
+    const at::Tensor xc_TI = x_TI.to(type);
+    at::Tensor y_TO, u_TR, before_magnitude_TO, ratio_O;
+    if (!a_RI.defined()) {
+      y_TO = at::linear(xc_TI, weight_OI, bias_O.defined() ? std::optional(bias_O.to(type)) : std::nullopt);
+    } else {
+      const at::Tensor z_TI = dropout > 0 ? with_dropout(xc_TI, dropout, seed) : xc_TI;
+      u_TR = at::mm(z_TI, a_RI.to(type).t());
+      const at::Tensor bt_RO = b_OR.to(type).t();
+      if (!magnitude_O.defined()) {
+        y_TO = at::linear(xc_TI, weight_OI, bias_O.defined() ? std::optional(bias_O.to(type)) : std::nullopt);
+        y_TO.addmm_(u_TR, bt_RO, 1, scale);
+      } else {
+        Adapter adapter{.a_RI = a_RI, .b_OR = b_OR, .magnitude_O = magnitude_O, .scale = scale};
+        ratio_O = magnitude_O / adapted_row_norms(weight_OI, adapter);
+        const at::Tensor base_TO = at::mm(z_TI, weight_OI.t());
+        before_magnitude_TO = at::addmm(base_TO, u_TR, bt_RO, 1, scale);
+        y_TO = before_magnitude_TO * ratio_O.to(type);
+        if (dropout > 0) y_TO.add_(at::mm(xc_TI, weight_OI.t())).sub_(base_TO);
+        if (bias_O.defined()) y_TO.add_(bias_O);
+      }
+    }
+    // x is kept as it entered the product (converted, where it was converted), and only where a gradient will ask for it.
+    const bool keeps_x = weight_OI.requires_grad() || (a_RI.defined() && a_RI.requires_grad());
+    const bool trains_magnitude = magnitude_O.defined() && magnitude_O.requires_grad();
+    context->save_for_backward({keeps_x ? xc_TI : at::Tensor(), weight_OI, a_RI, b_OR, u_TR,
+                                trains_magnitude ? before_magnitude_TO : at::Tensor(), magnitude_O, ratio_O});
+    context->saved_data["scale"] = scale;
+    context->saved_data["dropout"] = dropout;
+    context->saved_data["seed"] = static_cast<std::int64_t>(seed);
+    context->saved_data["x_type"] = static_cast<std::int64_t>(x_TI.scalar_type());
+    if (bias_O.defined()) context->saved_data["bias_type"] = static_cast<std::int64_t>(bias_O.scalar_type());
+    return y_TO;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& gradients) {
+    const auto saved = context->get_saved_variables();
+    const at::Tensor &xc_TI = saved[0], &weight_OI = saved[1], &a_RI = saved[2], &b_OR = saved[3], &u_TR = saved[4];
+    const at::Tensor &before_magnitude_TO = saved[5], &magnitude_O = saved[6], &ratio_O = saved[7];
+    const double scale = context->saved_data["scale"].toDouble(), dropout = context->saved_data["dropout"].toDouble();
+    const auto seed = static_cast<std::uint64_t>(context->saved_data["seed"].toInt());
+    const auto x_type = static_cast<at::ScalarType>(context->saved_data["x_type"].toInt());
+    const at::ScalarType type = weight_OI.scalar_type();
+    // Autograd numbers only the tensors that are there.
+    std::size_t edge = 0;
+    const auto is_needed = [&](bool is_there) { return is_there && context->needs_input_grad(edge++); };
+    const auto bias_type = context->saved_data.find("bias_type");
+    const bool needs_x = is_needed(true), needs_weight = is_needed(true), needs_bias = is_needed(bias_type != context->saved_data.end());
+    const bool needs_a = is_needed(a_RI.defined()), needs_b = is_needed(b_OR.defined()), needs_magnitude = is_needed(magnitude_O.defined());
+
+    const at::Tensor g_TO = gradients[0].to(type);
+    variable_list result(kNumArguments);
+    if (needs_bias) result[kBias] = at::sum(g_TO, 0, false, at::kFloat).to(static_cast<at::ScalarType>(bias_type->second.toInt()));
+
+    // gm: the gradient as it reaches x W^T + scale u B^T, that is, past DoRA's magnitude.
+    const at::Tensor gm_TO = ratio_O.defined() ? g_TO * ratio_O.to(type) : g_TO;
+    if (needs_magnitude)
+      // d y / d m = (x W^T + ...) / n, and 1 / n = ratio / m; n is made again rather than divided out, as m may be 0.
+      result[kMagnitude] = at::sum(g_TO * before_magnitude_TO, 0, false, at::kFloat) /
+                           adapted_row_norms(weight_OI, {.a_RI = a_RI, .b_OR = b_OR, .magnitude_O = magnitude_O, .scale = scale});
+
+    at::Tensor v_TR;  // the gradient of u
+    if (a_RI.defined() && (needs_x || needs_a)) v_TR = at::mm(gm_TO, b_OR.to(type)).mul_(scale);
+    if (needs_b) result[kB] = at::mm(gm_TO.t(), u_TR).to(at::kFloat).mul_(scale);
+    if (needs_a) {
+      const at::Tensor z_TI = dropout > 0 ? with_dropout(xc_TI, dropout, seed) : xc_TI;
+      result[kA] = at::mm(v_TR.t(), z_TI).to(at::kFloat);
+    }
+    if (needs_weight) {
+      if (ratio_O.defined() && dropout > 0) {
+        result[kWeight] = at::mm(g_TO.t(), xc_TI).addmm_((gm_TO - g_TO).t(), with_dropout(xc_TI, dropout, seed));
+      } else {
+        result[kWeight] = at::mm(gm_TO.t(), xc_TI);
+      }
+    }
+    if (needs_x) {
+      at::Tensor dx_TI;
+      if (!a_RI.defined()) {
+        dx_TI = at::mm(g_TO, weight_OI);
+      } else if (dropout == 0) {
+        dx_TI = at::mm(gm_TO, weight_OI).addmm_(v_TR, a_RI.to(type));
+      } else {
+        at::Tensor dz_TI = at::mm(v_TR, a_RI.to(type));
+        if (ratio_O.defined()) dz_TI.addmm_(gm_TO - g_TO, weight_OI);
+        dx_TI = at::mm(g_TO, weight_OI).add_(with_dropout(dz_TI, dropout, seed));
+      }
+      result[kX] = dx_TI.to(x_type);
+    }
+    return result;
+  }
+};
+
+}  // namespace
+
+at::Tensor with_dropout(const at::Tensor& x_TI, double probability, std::uint64_t seed) {
+  if (!(probability >= 0 && probability < 1)) fail(ErrorKind::kUsage, "dropout must be at least 0 and below 1, got ", probability);
+  const at::Tensor from_TI = x_TI.detach().contiguous();
+  at::Tensor to_TI = at::empty_like(from_TI);
+  const auto threshold = static_cast<std::uint32_t>(std::lround(probability * 65536));
+  const auto scale = static_cast<float>(1 / (1 - probability));
+  if (from_TI.scalar_type() == at::kBFloat16)
+    drop(from_TI.const_data_ptr<at::BFloat16>(), to_TI.mutable_data_ptr<at::BFloat16>(), from_TI.numel(), threshold, scale, seed);
+  else
+    drop(from_TI.const_data_ptr<float>(), to_TI.mutable_data_ptr<float>(), from_TI.numel(), threshold, scale, seed);
+  return to_TI;
+}
+
+at::Tensor adapted_row_norms(const at::Tensor& weight_OI, const Adapter& adapter) {
+  const at::NoGradGuard constant;
+  return at::norm(at::addmm(weight_OI.to(at::kFloat), adapter.b_OR, adapter.a_RI, 1, adapter.scale), 2, {1});
+}
+
+at::Tensor Linear::operator()(const at::Tensor& x_TI, std::uint64_t dropout_seed) const {
+  const Maybe bias = if_defined(bias_O);
+  if (!adapter) return AdaptedLinear::apply(x_TI, weight_OI, bias, Maybe(), Maybe(), Maybe(), 1.0, 0.0, std::uint64_t{0});
+  const double dropout = dropout_seed == 0 ? 0 : adapter->dropout;
+  const std::uint64_t seed = dropout > 0 ? derive_seed(dropout_seed, "adapter", {adapter->id}) : 0;
+  return AdaptedLinear::apply(x_TI, weight_OI, bias, Maybe(adapter->a_RI), Maybe(adapter->b_OR), if_defined(adapter->magnitude_O),
+                              adapter->scale, dropout, seed);
+}
+
+}  // namespace alambic::models

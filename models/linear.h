@@ -2,6 +2,11 @@
 #pragma once
 // The one place where y = x W^T + b + scale (dropout(x) A^T) B^T is computed.
 // Letters: T = tokens, I = inputs, O = outputs, R = adapter rank.
+//
+// Its own backward: x is saved once, the gradient of a frozen W is never computed, dropout is drawn again from its seed,
+// and nothing is computed for an input that needs no gradient. Where W is bf16, so are the products with it and with A and
+// B (their f32 masters are rounded for the product; sums inside a product are f32), and the gradients of A, B and the
+// magnitude are f32 again. With an f32 W everything is f32.
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
@@ -9,7 +14,9 @@
 
 namespace alambic::models {
 
-/// Low-rank update of one Linear: LoRA (arXiv:2106.09685), with DoRA's magnitude (arXiv:2402.09353) where given.
+/// Low-rank update of one Linear: LoRA (arXiv:2106.09685), with DoRA's magnitude (arXiv:2402.09353) where given:
+///   y = m / n (x W^T + scale (x A^T) B^T) + b,   n = || W + scale B A || of each row, a constant to the gradient.
+/// With dropout, DoRA is as in PEFT 0.21:  y = x W^T + b + (m / n - 1) z W^T + m / n scale (z A^T) B^T,  z = dropout(x).
 struct Adapter {
   at::Tensor a_RI, b_OR;   // f32, trained
   at::Tensor magnitude_O;  // f32, trained; undefined: plain LoRA
@@ -20,11 +27,18 @@ struct Adapter {
 
 struct Linear {
   at::Tensor weight_OI;  // compute type; a leaf that requires_grad when it is trained itself
-  at::Tensor bias_O;     // undefined: none
+  at::Tensor bias_O;     // undefined: none. Compute type or f32
   std::optional<Adapter> adapter;
 
   /// x_TI in f32 or the compute type; the result has the weight's type. dropout_seed: 0 = evaluating, no dropout.
   at::Tensor operator()(const at::Tensor& x_TI, std::uint64_t dropout_seed) const;
 };
+
+/// || W + scale B A || of each row, f32: DoRA's n, and its first magnitude. Not differentiable.
+at::Tensor adapted_row_norms(const at::Tensor& weight_OI, const Adapter& adapter);
+
+/// x with each element zeroed with the given probability and the others divided by 1 - probability. Element i (row by row)
+/// is zeroed when the i % 4-th 16-bit part of mix64(seed + i / 4), lowest first, is below probability * 65536.
+at::Tensor with_dropout(const at::Tensor& x_TI, double probability, std::uint64_t seed);
 
 }  // namespace alambic::models
