@@ -42,11 +42,11 @@ fn length(value: &Value) -> Result<usize> {
 }
 
 /// Jinja2's truncate(length=255, killwords=False, end="...", leeway=5).
-fn truncate(text: String, length: Option<usize>, kill_words: Option<bool>, end: Option<String>, leeway: Option<usize>, named: Kwargs) -> Result<String> {
+fn truncate(text: String, length: Option<usize>, kill_words: Option<bool>, end: Option<String>, named: Kwargs) -> Result<String> {
     let length = length.or(named.get("length")?).unwrap_or(255);
     let kill_words = kill_words.or(named.get("killwords")?).unwrap_or(false);
     let end = end.or(named.get("end")?).unwrap_or_else(|| "...".into());
-    let leeway = leeway.or(named.get("leeway")?).unwrap_or(5);
+    let leeway = named.get::<Option<usize>>("leeway")?.unwrap_or(5);
     named.assert_all_used()?;
     let letters: Vec<char> = text.chars().collect();
     if letters.len() <= length.saturating_add(leeway) {
