@@ -28,6 +28,7 @@ FORBIDDEN_NAME = re.compile(r"(?:^|[_/-])(utils?|helpers?|common)(?:[_./-]|$)", 
 MACHINE_PATH = re.compile(r"(?<![\w.}$/~-])/(?:home|root|work|Users|mnt|media|srv)/[\w.-]+")
 # A string or character literal, or a comment up to the end of the line.
 LITERAL_OR_COMMENT = re.compile(r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')|(//.*|/\*.*|\#.*)""")
+RAW_STRING = re.compile(r'R"([^(\s"]*)\((.*?)\)\1"', re.DOTALL)
 BIG_HEADERS = {"torch/torch.h", "torch/all.h", "torch/extension.h", "ATen/ATen.h"}
 
 
@@ -60,11 +61,15 @@ def breaches_of(path, text):
     if FORBIDDEN_NAME.search("/".join(parts)):
         found.append((1, "name", "say what the file is for: no utils, helpers, common"))
 
-    for number, line in enumerate(lines, 1):
+    if path.suffix in {".h", ".cpp", ".cu", ".cuh"}:
+        text = RAW_STRING.sub(lambda literal: "\n" * literal.group().count("\n"), text)
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.isascii():  # text for people and for tests may hold any letter, comments may not
             strange = [letter for letter in LITERAL_OR_COMMENT.sub(lambda part: part.group(2) or "", line) if not letter.isascii()]
             if strange:
                 found.append((number, "ascii", f"the letter U+{ord(strange[0]):04X} outside of a literal"))
+
+    for number, line in enumerate(lines, 1):
         if MACHINE_PATH.search(line):
             found.append((number, "path", "a path of one machine: " + MACHINE_PATH.search(line).group()))
         if path.suffix not in {".h", ".cpp", ".cu", ".cuh", ".c"}:
@@ -138,6 +143,8 @@ SAMPLES = [
     ("train/step.cpp", CPP + '// a quoted "\N{EM DASH}" here\n', "ascii"),
     ("tests/step.py", SH + '"""A docstring\nwith a \N{EM DASH}.\n"""\n', "ascii"),
     ("tests/step_test.cpp", CPP + 'encode("caf\N{LATIN SMALL LETTER E WITH ACUTE} // \\" x", \'y\');  // in a literal\n', ""),
+    ("tests/step_test.cpp", CPP + 'R"(\n"\N{EM DASH}" and // \N{EM DASH}\n)", R"x(\N{EM DASH})x"\n// plain\n', ""),
+    ("tests/step_test.cpp", CPP + 'R"(\n)"\n// \N{EM DASH}\n', "ascii"),
     ("scripts/bench.sh", SH + "cd " + HOME + "someone/alambic\n", "path"),
     ("train/step.cpp", CPP + "// see " + "/" + "work/shared/notes\n", "path"),
     ("train/step.cpp", CPP + "// a share of work/time, data/home/x, $HOME" + "/" + "work/x and https://x.org" + HOME + "y\n", ""),

@@ -27,6 +27,7 @@ class Simulated final : public Corpus {
   std::uint64_t num_trained_tokens() const override { return trained ? num_documents_ : 0; }
   std::uint32_t length(std::uint64_t document) const override {
     if (fixed_length > 0) return fixed_length;
+    if (short_every > 0 && document % short_every == 0) return 1;
     return 2 + static_cast<std::uint32_t>(mix64(seed_ ^ mix64(document)) % (longest_ - 1));
   }
   Document read(std::uint64_t document) const override {
@@ -43,7 +44,7 @@ class Simulated final : public Corpus {
   }
 
   bool trained = true, all_masked = false;
-  std::uint32_t fixed_length = 0;
+  std::uint32_t fixed_length = 0, short_every = 0;
   std::uint64_t broken_document = ~0ull;
 
  private:
@@ -174,6 +175,17 @@ TEST(BatchStream, CountsWhatItCuts) {
   take(split, 2);
   EXPECT_EQ(split.counts(), (StreamCounts{.rows = 16, .documents = 16, .tokens = 8 * 101}));
   EXPECT_DOUBLE_EQ(split.epochs(), 1.0);
+}
+
+TEST(BatchStream, PassesOverSingleTokensAndCountsThem) {
+  BatchStream stream(small_config(1), one(9000, [](Simulated& corpus) { corpus.short_every = 10; }));
+  std::set<std::uint64_t> seen;
+  while (stream.epochs() < 1)
+    for (const Batch& batch : stream.next_step())
+      for (const Origin& origin : batch.origins) seen.insert(origin.document);
+  EXPECT_EQ(seen.size(), 8100u);
+  for (const std::uint64_t document : seen) EXPECT_NE(document % 10, 0u);
+  EXPECT_EQ(stream.counts().skipped_documents, 900u);
 }
 
 TEST(BatchStream, TenStepsAndTenMoreAreTwentySteps) {
@@ -520,8 +532,15 @@ Evaluated evaluate(EvaluationBatches& batches, const Simulated& corpus) {
       auto& predicted = result.predicted[origin.document];
       predicted.resize(corpus.length(origin.document));
       result.bytes[origin.document] += next->document_bytes[d];
-      for (std::int64_t i = 0; i < batch.document_lengths[d]; ++i, ++t)
-        if (batch.keep_T[t].item<bool>()) ++predicted.at(origin.first_token + static_cast<std::size_t>(i) + 1);
+      const Document document = corpus.read(origin.document);
+      for (std::int64_t i = 0; i < batch.document_lengths[d]; ++i, ++t) {
+        const std::size_t in_document = origin.first_token + static_cast<std::size_t>(i);
+        EXPECT_EQ(batch.tokens_T[t].item<std::int64_t>(), document.ids.at(in_document));
+        EXPECT_EQ(batch.positions_T[t].item<std::int64_t>(), i);  // restart in each piece
+        if (!batch.keep_T[t].item<bool>()) continue;
+        EXPECT_EQ(batch.targets_T[t].item<std::int64_t>(), document.ids.at(in_document + 1));
+        ++predicted.at(in_document + 1);
+      }
     }
     EXPECT_LE(t, 2 * 16);
     result.tokens += static_cast<std::uint64_t>(t);
