@@ -173,15 +173,15 @@ def gguf_scaling(name):
 
 
 def byte_tokenizer(writer, size):
-    """A byte-level vocabulary of `size` tokens: the 256 bytes, special tokens, and unused ones."""
+    """A byte-level vocabulary of `size` tokens: the 256 bytes, special tokens, one merged token, and unused ones."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
-    tokens = list(bytes_to_unicode().values()) + ["<|end|>", "<|start|>"]
+    tokens = list(bytes_to_unicode().values()) + ["<|end|>", "<|start|>", "\u0120t"]
     tokens += [f"<|unused{i}|>" for i in range(size - len(tokens))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
-    writer.add_token_types([1] * 256 + [3] * (size - 256))
-    writer.add_token_merges([])
+    writer.add_token_types([1] * 256 + [3, 3, 1] + [3] * (size - 259))
+    writer.add_token_merges(["\u0120 t"])
     writer.add_bos_token_id(257)
     writer.add_eos_token_id(256)
 
@@ -195,7 +195,7 @@ def tiny_models():
     longrope = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75, "long_factor": [1.5 + i for i in range(6)],
                 "short_factor": [1.0 + 0.1 * i for i in range(6)]}
     yield "llama", t.LlamaForCausalLM(t.LlamaConfig(**shared, tie_word_embeddings=True, attention_bias=False))
-    yield "llama", t.LlamaForCausalLM(t.LlamaConfig(**shared, head_dim=32, tie_word_embeddings=False, rope_parameters=llama3))
+    yield "llama", t.LlamaForCausalLM(t.LlamaConfig(**{**shared, "max_position_embeddings": 131072}, head_dim=32, tie_word_embeddings=False, rope_parameters=llama3))
     yield "llama", t.LlamaForCausalLM(t.LlamaConfig(**shared, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}))
     yield "qwen2", t.Qwen2ForCausalLM(t.Qwen2Config(**shared, tie_word_embeddings=True))
     yield "qwen2", t.Qwen2ForCausalLM(t.Qwen2Config(**shared, rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6,
