@@ -146,7 +146,7 @@ def old_spelling(config):
 
 
 def score(alambic, folder, tokens, *more):
-    out = oracle.run_json(alambic, "score", "--model", folder, "--ids", ",".join(str(int(t)) for t in tokens), *more)
+    out = oracle.run_json(alambic, "score", "--model", folder, "--ids", ",".join(str(int(t)) for t in tokens), "--compute", "f32", *more)
     assert out["ids"] == [int(t) for t in tokens]
     return torch.tensor(out["logprobs"])
 
