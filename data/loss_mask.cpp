@@ -134,7 +134,43 @@ ExampleEncoder::ExampleEncoder(const fs::path& tokenizer_path, std::optional<Cha
 
 std::string ExampleEncoder::end_token_text() const { return end_id_ ? tokenizer_.token_of(*end_id_).value_or("") : ""; }
 
+// All of the text is trained, so its bytes less those of the first token are: the offsets of the other tokens are not
+// needed. The first token's own are those it has in a short beginning of the text, if it is the same token there. Returns
+// no ids when that cannot be told; encode() then does it the long way.
+EncodedExample ExampleEncoder::encode_text(std::string text, bool ends_here) const {
+  constexpr std::size_t kBeginningBytes = 400;
+  EncodedExample result;
+  if (text.size() < 2 * kBeginningBytes) return result;
+  std::size_t cut = kBeginningBytes;
+  while ((static_cast<unsigned char>(text[cut]) & 0xC0) == 0x80) --cut;
+  const bool add_special = settings_.begin_token != "never";
+  const Encoding beginning = tokenizer_.encode_with_offsets(std::string_view(text).substr(0, cut), add_special);
+  std::vector<std::uint32_t> ids = tokenizer_.encode(text, add_special);
+  if (ids.size() < 2 || beginning.ids.size() < 4 || beginning.ids[0] != ids[0] || beginning.ids[1] != ids[1]) return result;
+  std::size_t first_bytes = beginning.end_byte[0];
+  if (settings_.begin_token == "always" && ids[0] != *begin_id_) {
+    ids.insert(ids.begin(), *begin_id_);
+    first_bytes = 0;
+  }
+  if (settings_.end_token && ends_here) {
+    if (ids.back() != *end_id_) ids.push_back(*end_id_);
+    result.has_answer = true;
+  }
+  result.document.mask.assign(ids.size(), 1);
+  result.document.mask[0] = 0;
+  // An end token that the tokenizer itself puts behind every document is trained only where the text does end.
+  if (stop_ids_.contains(ids.back()) && !result.has_answer) return {};
+  result.document.ids = std::move(ids);
+  result.document.num_bytes = text.size() - first_bytes;
+  result.document.num_words = count_words(text);
+  result.all_trained = true;
+  result.text = std::move(text);
+  return result;
+}
+
 EncodedExample ExampleEncoder::encode(const Example& example, bool ends_here, bool with_roles, const std::string& where) const {
+  if (!example.is_chat() && example.completion.empty() && !with_roles)
+    if (EncodedExample text = encode_text(example.text, ends_here); !text.document.ids.empty()) return text;
   EncodedExample result;
   std::vector<ByteSpan> trained;
   bool from_template = false;

@@ -35,7 +35,9 @@ RenderedExample render_example(const Example& example, const ChatTemplate& chat,
 
 struct EncodedExample {
   Document document;                  // source 0
-  std::vector<std::uint32_t> end_byte;  // per token, rising: its share of the text is (end of the one before, its own end]
+  /// Per token, rising: its share of the text is from the end of the one before to its own. Empty for plain text without
+  /// roles, where only the first token's share is needed and finding all would take half as long again.
+  std::vector<std::uint32_t> end_byte;
   std::string text;                   // what was tokenised
   std::vector<std::pair<std::string, std::size_t>> roles;  // as above; "prompt", "completion" and "text" for the others
   bool has_answer = false, all_answers_stop = true;  // every trained answer ends with a stop token
@@ -64,6 +66,8 @@ class ExampleEncoder {
   EncodedExample encode(const Example& example, bool ends_here, bool with_roles, const std::string& where) const;
 
  private:
+  EncodedExample encode_text(std::string text, bool ends_here) const;
+
   Tokenizer tokenizer_;
   std::optional<ChatTemplate> chat_;
   EncodeSettings settings_;

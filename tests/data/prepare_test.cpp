@@ -306,6 +306,25 @@ TEST(LossMask, FindsAnswersOfTemplatesThatDropReasoning) {
   EXPECT_EQ(encoded.document.num_bytes, trained.size());
 }
 
+TEST(LossMask, TheShortWayForTextIsTheLongWay) {
+  std::string text = "Selamat datang ";
+  while (text.size() < 3000) text += "ke 日本 naïve 👋🏽 Debian.\n\n  ";
+  for (const std::string begin : {"auto", "always", "never"})
+    for (const std::string model : {"model", "model_begin"})
+      for (const bool ends : {false, true})
+        for (const std::string start : {"", "日本", " ", "\n\n", "👋"}) {
+          const ExampleEncoder encoder(golden(model), std::nullopt, {.begin_token = begin});
+          Example example;
+          example.text = start + text;
+          const EncodedExample quick = encoder.encode(example, ends, false, "f:1"), slow = encoder.encode(example, ends, true, "f:1");
+          EXPECT_TRUE(quick.end_byte.empty() && !slow.end_byte.empty());
+          EXPECT_EQ(quick.document.ids, slow.document.ids);
+          EXPECT_EQ(quick.document.mask, slow.document.mask);
+          EXPECT_EQ(quick.document.num_bytes, slow.document.num_bytes) << begin << " " << model << " " << start;
+          EXPECT_EQ(quick.document.num_words, slow.document.num_words);
+        }
+}
+
 TEST(LossMask, TrainsTheRolesAskedFor) {
   const ExampleEncoder encoder(golden("model"), read_chat_template(golden("model")), {.train_on = {"user"}});
   Example example;
