@@ -169,7 +169,7 @@ def live(alambic):
     for case in FOLDERS:
         base = oracle.GOLDEN / "peft" / case.split(".")[0]
         told = oracle.run_json(alambic, "score", "--model", base, "--adapter", oracle.GOLDEN / "peft" / case,
-                               "--ids", ",".join(map(str, IDS[0])), "--compute-type", "f32")
+                               "--ids", ",".join(map(str, IDS[0])), "--compute", "f32")
         oracle.assert_close(told["logprobs"], log_probabilities(expected[case]), 1e-4, 1e-5, f"alambic score on PEFT's {case}")
     with tempfile.TemporaryDirectory() as scratch:
         program = alambic.parent.parent / "checkpoints" / "checkpoints_tests"
