@@ -1,2 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-int main() { return 70; }
+#include <csignal>
+#include <iostream>
+
+#include "cli/run.h"
+
+int main(int count, char** words) {
+  // A reader that goes away must not end a training run in the middle of a step: writing fails instead, and is reported.
+  std::signal(SIGPIPE, SIG_IGN);
+  // No setlocale(): numbers have a decimal point whatever the user's locale says.
+  const std::vector<std::string> arguments(words + (count > 0 ? 1 : 0), words + count);
+  return alambic::cli::run(arguments, {std::cin, std::cout, std::cerr});
+}

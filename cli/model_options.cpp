@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cli/model_options.h"
+
+#include "checkpoints/hf_folder.h"
+#include "checkpoints/peft_folder.h"
+#include "cli/verbs.h"
+#include "core/error.h"
+#include "core/log.h"
+
+namespace alambic::cli {
+
+std::vector<Option> model_options(const std::string& compute) {
+  return {
+      {.name = "model", .kind = Kind::kFolder, .value = "FOLDER", .help = "a Hugging Face model folder: config.json, safetensors, tokenizer.json", .letter = 'm'},
+      {.name = "adapter", .kind = Kind::kFolder, .value = "FOLDER", .help = "a PEFT adapter folder, or the folder of a finished run"},
+      {.name = "compute",
+       .kind = Kind::kText,
+       .value = "TYPE",
+       .help = "type to compute in; auto is bf16 where the processor multiplies it natively, and f32 elsewhere",
+       .otherwise = compute,
+       .choices = {"auto", "f32", "bf16"}},
+  };
+}
+
+void check_model_folder(const std::filesystem::path& folder) {
+  const std::string name = printable(folder.string());
+  if (!std::filesystem::exists(folder)) fail(ErrorKind::kData, name, ": there is no such folder", Remedy{"give the folder of a model; alambic import makes one from a GGUF file"});
+  if (!std::filesystem::is_directory(folder))
+    fail(ErrorKind::kData, name, ": a file, not a model folder",
+         Remedy{folder.extension() == ".gguf" ? "alambic import " + name + " FOLDER makes a folder of it" : "give the folder that holds config.json"});
+  if (std::filesystem::exists(folder / "config.json")) return;
+  if (std::filesystem::exists(folder / "adapter_config.json"))
+    fail(ErrorKind::kData, name, ": an adapter, not a model", Remedy{"give its base as --model and this folder as --adapter"});
+  fail(ErrorKind::kData, name, ": not a model folder: it holds no config.json", Remedy{"alambic inspect " + name + " tells what it is"});
+}
+
+std::filesystem::path adapter_folder(const std::filesystem::path& folder) {
+  const std::string name = printable(folder.string());
+  if (!std::filesystem::is_directory(folder)) fail(ErrorKind::kData, name, ": there is no such folder", Remedy{"give a PEFT adapter folder or the folder of a finished run"});
+  if (std::filesystem::exists(folder / "adapter_config.json")) return folder;
+  if (std::filesystem::exists(folder / "adapter" / "adapter_config.json")) return folder / "adapter";
+  fail(ErrorKind::kData, name, ": not an adapter: it holds neither adapter_config.json nor the adapter/ of a finished run",
+       Remedy{"alambic inspect " + name + " tells what it is"});
+}
+
+models::Decoder load_model(const std::filesystem::path& model, const std::filesystem::path& adapter, const std::string& compute) {
+  check_model_folder(model);
+  const std::filesystem::path adapter_path = adapter.empty() ? adapter : adapter_folder(adapter);
+  const at::ScalarType type = compute == "f32" ? at::kFloat : compute == "bf16" ? at::kBFloat16 : models::fastest_compute_type();
+  models::Decoder decoder = checkpoints::load_decoder(model, type);
+  if (!adapter_path.empty()) checkpoints::load_adapter(decoder, adapter_path, checkpoints::base_hash(model));
+  return decoder;
+}
+
+models::Decoder load_model(const Arguments& arguments) {
+  return load_model(arguments.path("model"), arguments.path("adapter"), arguments.text("compute"));
+}
+
+}  // namespace alambic::cli

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <ostream>
+
+#include "cli/verbs.h"
+#include "train/finetune.h"
+#include "train/stop_signals.h"
+
+namespace alambic::cli {
+namespace {
+
+int run_train(const Arguments& arguments, const Terminal& terminal) {
+  std::vector<std::string> overrides = arguments.texts("set");
+  if (arguments.has("threads")) overrides.push_back("threads=" + arguments.text("threads"));
+  const auto config = read_config<train::TrainConfig>(arguments.positional(0), overrides);
+  const train::StopSignals signals;
+  const train::TrainReport report = train::finetune(config, arguments.has("resume"), train::StopSignals::stop_requested);
+  if (arguments.has("json")) {
+    print_json(terminal, report.json);
+    return 0;
+  }
+  terminal.out << printable(report.result.string()) << ": step " << report.chosen_step << " of " << report.steps
+               << (report.was_finished ? "; the run was finished already, nothing was done" : "") << "\n";
+  if (const auto evaluation = report.json.find("evaluation"); evaluation != report.json.end())
+    for (const Json& store : *evaluation) {
+      const auto figure = [&](const char* when, const char* what) { return store.contains(when) && store[when].is_object() && store[when].contains(what) ? to_line(store[when][what]) : "-"; };
+      terminal.out << "  " << printable(store.value("name", "")) << ": bits per byte " << figure("before", "bits_per_byte") << " -> " << figure("after", "bits_per_byte")
+                   << ", loss " << figure("before", "loss") << " -> " << figure("after", "loss") << "\n";
+    }
+  return 0;
+}
+
+}  // namespace
+
+Verb train_verb() {
+  return {.name = "train",
+          .summary = "a run: an adapter or all weights, learnt from token stores",
+          .description = "Trains what CONFIG says into its output folder: checkpoints, metrics.jsonl, TensorBoard files, and at the end the chosen adapter or weights. "
+                         "SIGTERM or SIGINT saves and ends with exit code 75; --resume then goes on, and the result is the one of a run that was never stopped. "
+                         "With --json the run's report is printed at the end.",
+          .positionals = {{.name = "CONFIG", .help = "a YAML file; its keys are below"}},
+          .options = {{.name = "resume", .help = "go on from the newest valid checkpoint; where there is none, begin. A finished run is left alone", .letter = 'r'},
+                      set_option(),
+                      json_option(),
+                      threads_option()},
+          .examples = {{"alambic train run.yaml", "a new run"},
+                       {"alambic train run.yaml --resume", "go on after a stop"},
+                       {"alambic train run.yaml --set schedule.learning_rate=1e-4 --set output=runs/slower", "the same with another learning rate"}},
+          .run = run_train,
+          .config_help = config_help<train::TrainConfig>};
+}
+
+}  // namespace alambic::cli
