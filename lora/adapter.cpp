@@ -158,6 +158,11 @@ AdapterPlan plan_adapters(models::Decoder& decoder, const LoraConfig& config, Un
     if (tensor.tensor == &decoder.embedding_VD) whole = embedding_saved || plan.keep_tie;
     if (whole) plan.trained_whole.push_back(tensor);
   }
+  if (decoder.compute_type() != at::kFloat)
+    for (const models::NamedLinear& linear : linears)
+      for (const models::NamedTensor& tensor : plan.trained_whole)
+        if (linear.layer >= 0 && module_of(tensor.name) == linear.path)
+          problem("lora.modules_to_save: ", linear.path, " can be trained whole only when computing in f32, not in ", toString(decoder.compute_type()));
   if (head_saved && decoder.head_tied && !plan.keep_tie) plan.trained_whole.push_back({head_name, &decoder.head.weight_OI});
 
   for (const models::NamedLinear& linear : linears) {

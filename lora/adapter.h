@@ -3,8 +3,10 @@
 // Which modules get an adapter or are trained whole; attaching them; the list of everything that trains.
 //
 // Every trained tensor is an f32 leaf (a master), also where the decoder computes in bf16: an update of 1e-6 of a weight
-// would vanish in bf16's 8 bits. models::Linear and the embedding cast a trained weight to the compute type in the forward
-// pass, so its gradient arrives in f32. Frozen tensors keep the type they were loaded in, and are never copied.
+// would vanish in bf16's 8 bits. Products with a weight that is trained whole are f32 too (models::Linear computes in the
+// weight's type), so a decoder after train_everything() computes in f32; one that computes in bf16 can have its embedding,
+// head and norms trained whole, and no other Linear, as the types would mix inside a layer. Frozen tensors keep the type
+// they were loaded in, and are never copied.
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>

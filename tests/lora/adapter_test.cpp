@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "lora/adapter.h"
 
+#include <ATen/ops/arange.h>
 #include <ATen/ops/equal.h>
 
 #include <cmath>
@@ -190,13 +191,27 @@ TEST(Adapter, TrainedWeightsAreF32CopiesWhateverTheBaseIs) {
   const Warnings silenced;
   models::Decoder decoder = base("llama_tied", at::kBFloat16);
   const at::Tensor stored = decoder.embedding_VD;
-  attach(decoder, {.targets = {"q_proj"}, .dora = true, .modules_to_save = {"embed_tokens", "norm"}}, 5);
+  attach(decoder, {.targets = {"q_proj"}, .dora = true, .modules_to_save = {"embed_tokens", "lm_head", "norm"}}, 5);
   for (const models::NamedTensor& tensor : trainable(decoder)) {
     EXPECT_EQ(tensor.tensor->scalar_type(), at::kFloat) << tensor.name;
     EXPECT_TRUE(tensor.tensor->is_leaf() && tensor.tensor->requires_grad()) << tensor.name;
   }
   EXPECT_FALSE(decoder.embedding_VD.data_ptr() == stored.data_ptr()) << "training would write into the base";
+  const at::Tensor ids = at::arange(12);
+  const at::Tensor logits = decoder.logits_TV(decoder.hidden_TD({.tokens_T = ids, .positions_T = ids, .document_lengths = {12}}));
+  logits.pow(2).sum().backward();
+  for (const models::NamedTensor& tensor : trainable(decoder)) {
+    ASSERT_TRUE(tensor.tensor->grad().defined()) << tensor.name;
+    EXPECT_EQ(tensor.tensor->grad().scalar_type(), at::kFloat) << tensor.name;
+  }
   EXPECT_EQ(linear_at(decoder, "model.layers.0.self_attn.k_proj").weight_OI.scalar_type(), at::kBFloat16);
+}
+
+TEST(Adapter, AWholeLinearTrainsInF32Only) {
+  models::Decoder narrow = base("llama_tied", at::kBFloat16), wide = base("llama_tied");
+  const LoraConfig config{.targets = {"q_proj"}, .modules_to_save = {"o_proj"}};
+  EXPECT_TRUE(fails_with(ErrorKind::kUsage, "o_proj can be trained whole only when computing in f32", [&] { attach(narrow, config, 1); }));
+  EXPECT_NO_THROW(attach(wide, config, 1));
 }
 
 TEST(Adapter, EverythingTrainsUnderPublishedNames) {
