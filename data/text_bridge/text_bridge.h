@@ -30,7 +30,7 @@ void alambic_numbers_free(AlambicNumbers numbers);
 /* ---- tokenizers ---- */
 typedef struct AlambicTokenizer AlambicTokenizer;
 
-/* Reads a tokenizer.json. Its padding and truncation settings are dropped: ids are those of the whole text. */
+/* Reads a tokenizer.json, within 300 seconds and about a hundred times its size in memory. Its padding and truncation settings are dropped: ids are those of the whole text. */
 bool alambic_tokenizer_new(const char* json, size_t json_size, AlambicTokenizer** tokenizer, AlambicText* error);
 void alambic_tokenizer_free(AlambicTokenizer* tokenizer);
 
@@ -51,7 +51,7 @@ bool alambic_tokenizer_canonical(const AlambicTokenizer* tokenizer, AlambicText*
 
 /* ---- chat templates ---- */
 /* Renders a Jinja template as transformers does. variables is a JSON object. fuel: most instructions (about 10^8 a second);
- * max_bytes: most output. spans: pairs begin, end in bytes of the text that {% generation %} blocks rendered. */
+ * max_bytes: most output; time ends after 60 seconds and memory at 512 MiB and eight times the output. spans: pairs begin, end in bytes of the text that {% generation %} blocks rendered. */
 bool alambic_template_render(const char* source, size_t source_size, const char* variables, size_t variables_size, uint64_t fuel,
                              uint64_t max_bytes, AlambicText* text, AlambicNumbers* spans, AlambicText* error);
 

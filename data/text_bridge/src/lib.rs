@@ -5,10 +5,12 @@
 //! through the free functions, and pointers are only followed when their size is not zero.
 
 mod chat;
+mod contain;
 mod python;
 mod rows;
 mod tokens;
 
+use contain::{contained, Containment};
 use std::any::Any;
 use std::cell::RefCell;
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -127,7 +129,10 @@ pub unsafe extern "C" fn alambic_tokenizer_new(
     error: *mut AlambicText,
 ) -> bool {
     guarded(error, || {
-        let loaded = tokens::Tokens::new(borrow(json, json_size))?;
+        let json = borrow(json, json_size).to_vec();
+        // A real file takes some twenty times its size while it is read, and a few seconds.
+        let limits = Containment { megabytes: 1024 + (json.len() >> 20) as i64 * 100, seconds: 300 };
+        let loaded = contained(limits, move || tokens::Tokens::new(&json))?;
         *tokenizer = Box::into_raw(Box::new(loaded));
         Ok(())
     })
@@ -237,8 +242,11 @@ pub unsafe extern "C" fn alambic_template_render(
     guarded(error, || {
         let source = borrow_text(source, source_size, "the template")?;
         let variables = borrow_text(variables, variables_size, "the conversation")?;
-        let limits = chat::Limits { fuel, max_bytes: usize::try_from(max_bytes).unwrap_or(usize::MAX) };
-        let rendered = chat::render(source, variables, limits)?;
+        let max_bytes = usize::try_from(max_bytes).unwrap_or(usize::MAX);
+        let containment = Containment { megabytes: 512 + (max_bytes.saturating_add(variables.len()) >> 20) as i64 * 8, seconds: 60 };
+        let limits = chat::Limits { fuel, max_bytes };
+        let (source, variables) = (source.to_string(), variables.to_string());
+        let rendered = contained(containment, move || chat::render(&source, &variables, limits))?;
         *text = give_text(rendered.text.into_bytes());
         *spans = give_numbers(rendered.spans);
         Ok(())

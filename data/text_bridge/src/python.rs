@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Where Jinja2's values are Python's and minijinja's differ: numbers as text, JSON, white space, methods.
 
-use minijinja::value::{from_args, Kwargs, Value, ValueKind};
+use minijinja::value::{from_args, Kwargs, Tuple, Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Output, State};
+use regex::Regex;
 use std::ffi::CString;
 use std::fmt::Write;
+use std::sync::OnceLock;
 
 type Result<T> = std::result::Result<T, Error>;
 
@@ -25,8 +27,12 @@ pub fn add_to_environment(environment: &mut Environment) {
     });
     environment.add_filter("truncate", truncate);
     environment.add_test("callable", |value: &Value| value.kind() == ValueKind::Plain || value.is_undefined());
+    environment.add_filter("string", |value: &Value| text_of(value));
+    environment.add_filter("e", escape);
+    environment.add_filter("escape", escape);
+    // Whatever has a length and items, Jinja2's Undefined included.
     environment.add_test("sequence", |value: &Value| {
-        matches!(value.kind(), ValueKind::Seq | ValueKind::Map | ValueKind::String) || (value.kind() == ValueKind::Iterable && value.len().is_some())
+        matches!(value.kind(), ValueKind::Seq | ValueKind::Map | ValueKind::String | ValueKind::Undefined) || (value.kind() == ValueKind::Iterable && value.len().is_some())
     });
     environment.add_test("iterable", |value: &Value| value.try_iter().is_ok() && !value.is_none());
     environment.add_function("strftime_now", strftime_now);
@@ -80,12 +86,96 @@ fn padded(text: &str, method: &str, width: i64, fill: &str) -> Result<String> {
     Ok(format!("{sign}{}{rest}{}", fill.repeat(left), fill.repeat(missing - left)))
 }
 
-/// {{ value }}: minijinja prints as Python does, but for floats out of the middle range.
-fn format_value(out: &mut Output, state: &mut State, value: &Value) -> Result<()> {
-    match float_of(value) {
-        Some(number) => out.write_str(&float_text(number)).map_err(Error::from),
-        None => minijinja::escape_formatter(out, state, value),
+fn format_value(out: &mut Output, _: &mut State, value: &Value) -> Result<()> {
+    match value.as_str() {
+        Some(text) => out.write_str(text).map_err(Error::from),
+        None => out.write_str(&text_of(value)).map_err(Error::from),
     }
+}
+
+/// str(value). Minijinja prints nearly the same; floats far from one and letters that cannot be seen are the difference.
+fn text_of(value: &Value) -> String {
+    let mut out = String::new();
+    match value.as_str() {
+        Some(text) => out.push_str(text),
+        None => write_repr(value, 0, &mut out),
+    }
+    out
+}
+
+fn write_repr(value: &Value, depth: usize, out: &mut String) {
+    let is_tuple = value.is_tuple();
+    match value.kind() {
+        _ if depth > 200 => out.push_str("..."),
+        ValueKind::String => write_string_repr(value.as_str().unwrap_or(""), out),
+        ValueKind::Number => match float_of(value) {
+            Some(number) => out.push_str(&float_text(number)),
+            None => write!(out, "{value}").unwrap_or(()),
+        },
+        ValueKind::Seq => {
+            let items: Vec<Value> = value.try_iter().map(|items| items.collect()).unwrap_or_default();
+            out.push(if is_tuple { '(' } else { '[' });
+            for (index, item) in items.iter().enumerate() {
+                out.push_str(if index > 0 { ", " } else { "" });
+                write_repr(item, depth + 1, out);
+            }
+            out.push_str(if is_tuple && items.len() == 1 { "," } else { "" });
+            out.push(if is_tuple { ')' } else { ']' });
+        }
+        ValueKind::Map => {
+            out.push('{');
+            for (index, key) in value.try_iter().into_iter().flatten().enumerate() {
+                out.push_str(if index > 0 { ", " } else { "" });
+                write_repr(&key, depth + 1, out);
+                out.push_str(": ");
+                write_repr(&value.get_item(&key).unwrap_or_default(), depth + 1, out);
+            }
+            out.push('}');
+        }
+        ValueKind::Undefined if depth > 0 => out.push_str("Undefined"),
+        _ => write!(out, "{value}").unwrap_or(()),
+    }
+}
+
+/// str.__repr__: double quotes only around text that has single ones and no double ones.
+fn write_string_repr(text: &str, out: &mut String) {
+    static HIDDEN: OnceLock<Regex> = OnceLock::new();
+    let hidden = HIDDEN.get_or_init(|| Regex::new(r"[[\p{C}\p{Z}]--\x20]").unwrap_or_else(|error| panic!("{error}")));
+    let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
+    out.push(quote);
+    for letter in text.chars() {
+        match letter {
+            '\n' => out.push_str("\\n"),
+            '\r' => out.push_str("\\r"),
+            '\t' => out.push_str("\\t"),
+            '\\' => out.push_str("\\\\"),
+            _ if letter == quote => out.extend(['\\', letter]),
+            ' '..='~' => out.push(letter),
+            _ if !hidden.is_match(letter.encode_utf8(&mut [0; 4])) => out.push(letter),
+            _ => match letter as u32 {
+                code @ 0..=0xff => write!(out, "\\x{code:02x}").unwrap_or(()),
+                code @ 0x100..=0xffff => write!(out, "\\u{code:04x}").unwrap_or(()),
+                code => write!(out, "\\U{code:08x}").unwrap_or(()),
+            },
+        }
+    }
+    out.push(quote);
+}
+
+/// markupsafe's escape.
+fn escape(text: String) -> String {
+    let mut out = String::with_capacity(text.len());
+    for letter in text.chars() {
+        match letter {
+            '&' => out.push_str("&amp;"),
+            '<' => out.push_str("&lt;"),
+            '>' => out.push_str("&gt;"),
+            '\'' => out.push_str("&#39;"),
+            '"' => out.push_str("&#34;"),
+            other => out.push(other),
+        }
+    }
+    out
 }
 
 fn float_of(value: &Value) -> Option<f64> {
@@ -354,6 +444,24 @@ fn string_method(text: &str, method: &str, arguments: &[Value]) -> Result<Option
             };
             Value::from(parts)
         }
+        "splitlines" => {
+            let (keep_ends, named): (Option<bool>, Kwargs) = from_args(arguments)?;
+            let keep_ends = keep_ends.or(named.get("keepends")?).unwrap_or(false);
+            named.assert_all_used()?;
+            let mut lines = Vec::new();
+            let mut rest = text;
+            while !rest.is_empty() {
+                let is_end = |letter: char| matches!(letter, '\n'..='\r' | '\u{1c}'..='\u{1e}' | '\u{85}' | '\u{2028}' | '\u{2029}');
+                let (line, width) = match rest.find(is_end) {
+                    Some(place) if rest[place..].starts_with("\r\n") => (place, 2),
+                    Some(place) => (place, rest[place..].chars().next().map_or(1, char::len_utf8)),
+                    None => (rest.len(), 0),
+                };
+                lines.push(rest[..line + if keep_ends { width } else { 0 }].to_string());
+                rest = &rest[line + width..];
+            }
+            Value::from(lines)
+        }
         "removeprefix" => {
             let (prefix,): (&str,) = from_args(arguments)?;
             Value::from(text.strip_prefix(prefix).unwrap_or(text))
@@ -373,11 +481,25 @@ fn string_method(text: &str, method: &str, arguments: &[Value]) -> Result<Option
                 None if method == "partition" => (text, "", ""),
                 None => ("", "", text),
             };
-            Value::from(minijinja::value::Tuple::from(vec![Value::from(before), Value::from(middle), Value::from(behind)]))
+            Value::from(Tuple::from(vec![Value::from(before), Value::from(middle), Value::from(behind)]))
         }
         "ljust" | "rjust" | "center" | "zfill" => {
             let (width, fill): (i64, Option<&str>) = from_args(arguments)?;
             Value::from(padded(text, method, width, fill.unwrap_or(if method == "zfill" { "0" } else { " " }))?)
+        }
+        "title" => {
+            let () = from_args(arguments)?;
+            let mut in_word = false;
+            let mut out = String::with_capacity(text.len());
+            for letter in text.chars() {
+                if in_word {
+                    out.extend(letter.to_lowercase());
+                } else {
+                    out.extend(letter.to_uppercase());
+                }
+                in_word = letter.is_uppercase() || letter.is_lowercase();
+            }
+            Value::from(out)
         }
         "casefold" => {
             let () = from_args(arguments)?;
@@ -416,9 +538,9 @@ fn split_at_space(text: &str, most: usize, from_right: bool) -> Vec<String> {
                 parts.push(part.to_string());
                 rest = trimmed(remaining, None, !from_right, from_right);
             }
-            // What is left once the count is used up keeps its inner white space and loses that at its outer end.
+            // What is left once the count is used up keeps its white space.
             _ => {
-                parts.push(trimmed(rest, None, from_right, false).to_string());
+                parts.push(rest.to_string());
                 break;
             }
         }
