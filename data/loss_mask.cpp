@@ -138,7 +138,7 @@ std::string ExampleEncoder::end_token_text() const { return end_id_ ? tokenizer_
 // needed. The first token's own are those it has in a short beginning of the text, if it is the same token there. Returns
 // no ids when that cannot be told; encode() then does it the long way.
 EncodedExample ExampleEncoder::encode_text(std::string text, bool ends_here) const {
-  constexpr std::size_t kBeginningBytes = 400;
+  constexpr std::size_t kBeginningBytes = 64;
   EncodedExample result;
   if (text.size() < 2 * kBeginningBytes) return result;
   std::size_t cut = kBeginningBytes;

@@ -58,7 +58,7 @@ double PrepareReport::bytes_per_token() const { return totals.trained_tokens ? s
 
 namespace {
 
-constexpr std::size_t kAuditRecords = 200, kAuditBytes = 4 << 20, kDetectRecords = 16;
+constexpr std::size_t kAuditRecords = 200, kAuditBytes = 1 << 20, kDetectRecords = 16;
 constexpr std::size_t kJobRecords = 64, kJobBytes = 256 << 10;
 constexpr std::size_t kSampleBytes = 3000;
 

@@ -4,11 +4,10 @@
 make() writes a small model folder (byte-level BPE, ChatML template), data in every format, and what transformers makes of it.
 """
 import json
-import pathlib
-import tempfile
 
 import oracle
 
+GOLDEN_MODEL = oracle.GOLDEN / "prepare" / "model"
 STOP = "<|im_end|>"
 # The same text with and without {% generation %}: transformers masks by the blocks; alambic must find the same spans without.
 CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
