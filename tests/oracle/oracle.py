@@ -9,6 +9,7 @@ None, which runs the alambic program and compares with the reference at once; it
 import argparse
 import importlib.metadata
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -72,6 +73,17 @@ def run(alambic, *arguments, expect=0, **options):
 
 def run_json(alambic, *arguments, **options):
     return json.loads(run(alambic, *arguments, "--json", **options))
+
+
+def run_test_program(alambic, folder, filter, text):
+    """Runs the C++ tests of one folder that read ALAMBIC_ORACLE_INPUT, a file with `text`; without it they are skipped."""
+    program = alambic.parent.parent / folder / f"{folder}_tests"
+    with tempfile.TemporaryDirectory() as scratch:
+        path = pathlib.Path(scratch) / "input.json"
+        path.write_text(text, encoding="utf-8", newline="")
+        done = subprocess.run([str(program), f"--gtest_filter={filter}"], capture_output=True, text=True, env={**os.environ, "ALAMBIC_ORACLE_INPUT": str(path)})
+    assert done.returncode == 0 and "[  PASSED  ]" in done.stdout and "SKIPPED" not in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "from 0 test" not in done.stdout and "PASSED  ] 0" not in done.stdout, f"no test matches {filter}"
 
 
 def main(make=None, live=None):
