@@ -514,7 +514,7 @@ TEMPLATES["smollm3"] = """{# ---- defaults ---- #}
 """
 
 TEMPLATES["hermes_tools"] = """{%- macro json_to_python_type(json_spec) %}
-{%- set basic_type_map = {"string": "str", "number": "float", "integer": "int", "boolean": "bool"} %}
+{%- set basic_type_map = {"string": "str", "number": "float", "integer": "int", "boolean": "bool", "null": "None"} %}
 {%- if basic_type_map[json_spec.type] is defined %}
     {{- basic_type_map[json_spec.type] }}
 {%- elif json_spec.type == "array" %}
@@ -985,7 +985,7 @@ def expected(tokenizer, template, messages, tools, extra, prompt):
         text = tokenizer.apply_chat_template(messages, tools=tools, documents=documents, chat_template=template,
                                              add_generation_prompt=prompt, tokenize=False, **extra)
     except Exception as error:  # any refusal counts: jinja's own, raise_exception, Python's type errors
-        return None, f"{type(error).__name__}: {error}"
+        return None, type(error).__name__
     spans = []
     if "generation %}" in template:
         plain = [{k: v for k, v in m.items() if v is not None} for m in messages]
@@ -1011,7 +1011,7 @@ def table(templates):
             for prompt in (False, True) if conversation in ("system", "calls") else (True,):
                 text, spans = expected(tokenizer, template, messages, tools, extra, prompt)
                 case = {"template": name, "conversation": conversation, "prompt": prompt}
-                case.update({"text": text, "spans": spans} if text is not None else {"refused": spans.replace("\n", " ")[:80]})
+                case.update({"text": text, "spans": spans} if text is not None else {"refused": spans})
                 cases.append(case)
     return {"script": "tests/oracle/chat_template_oracle.py", "versions": oracle.versions("transformers", "jinja2"),
             "special_tokens": SPECIAL, "extra": ALWAYS, "templates": templates,
