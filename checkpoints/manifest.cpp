@@ -1,6 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "checkpoints/manifest.h"
 
+#include <signal.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <charconv>
 #include <map>
 
 #include "core/files.h"
@@ -8,6 +13,28 @@
 namespace alambic::checkpoints {
 namespace {
 constexpr const char* kName = "manifest.json";
+}
+
+fs::path begin_folder(const fs::path& target) {
+  if (fs::exists(fs::symlink_status(target))) fail(ErrorKind::kUsage, target.string(), ": exists already and is never overwritten", Remedy{"choose another name, or remove it"});
+  const fs::path parent = target.has_parent_path() ? target.parent_path() : fs::path(".");
+  std::error_code problem;
+  fs::create_directories(parent, problem);
+  if (problem) fail(ErrorKind::kResource, parent.string(), ": cannot be created: ", problem.message(), Remedy{"choose an output folder that can be written"});
+  const std::string prefix = ".tmp-" + target.filename().string() + "-";
+  for (const auto& entry : fs::directory_iterator(parent)) {
+    const std::string name = entry.path().filename().string();
+    if (!name.starts_with(prefix)) continue;
+    int process = 0;
+    const auto parsed = std::from_chars(name.data() + prefix.size(), name.data() + name.size(), process);
+    const bool gone = parsed.ec == std::errc() && parsed.ptr == name.data() + name.size() && process > 0 &&
+                      (process == ::getpid() || (::kill(process, 0) != 0 && errno == ESRCH));
+    if (gone) fs::remove_all(entry.path(), problem);
+  }
+  const fs::path temporary = parent / (prefix + std::to_string(::getpid()));
+  if (!fs::create_directory(temporary, problem) || problem)
+    fail(ErrorKind::kResource, temporary.string(), ": cannot be created: ", problem.message(), Remedy{"choose an output folder that can be written"});
+  return temporary;
 }
 
 std::string alambic_version() { return ALAMBIC_VERSION; }

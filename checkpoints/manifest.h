@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-// manifest.json of a published folder: the SHA-256 of every other file in it, and facts on how it was made.
+// A published folder: made under a temporary name beside its target, sealed with manifest.json (the SHA-256 of every other
+// file, and facts on how it was made), then renamed into place (commit_folder of core/files.h).
 #include <filesystem>
 #include <string>
 #include <vector>
@@ -8,6 +9,10 @@
 #include "core/json.h"
 
 namespace alambic::checkpoints {
+
+/// An empty folder <parent>/.tmp-<name>-<process> for the making of `target`, whose parent is created where it is absent.
+/// Leftovers of the same target by processes that are gone are removed. Error(kUsage) when the target exists already.
+std::filesystem::path begin_folder(const std::filesystem::path& target);
 
 /// Writes <folder>/manifest.json: {"alambic": version, ...facts, "files": {name: {"sha256": ..., "bytes": ...}}}. Every
 /// regular file below `folder` is listed; `known` holds (name, SHA-256) of files hashed while they were written, which are

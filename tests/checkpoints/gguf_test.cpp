@@ -14,6 +14,7 @@
 #include "checkpoints/gguf_header.h"
 #include "checkpoints/safetensors.h"
 #include "core/files.h"
+#include "tests/checkpoints/gguf_maker.h"
 #include "tests/golden.h"
 #include "tests/support.h"
 
@@ -22,46 +23,14 @@ namespace {
 
 using testing::fails_with;
 using testing::Golden;
+using testing::kArray;
+using testing::kBool;
+using testing::kF32;
+using testing::kString;
+using testing::kU32;
+using testing::kU64;
 using testing::ScratchFolder;
-
-// Writes a GGUF file part by part, so that each part can be wrong.
-class Maker {
- public:
-  template <class T>
-  Maker& add(T value) {
-    bytes_.append(reinterpret_cast<const char*>(&value), sizeof value);
-    return *this;
-  }
-  Maker& text(std::string_view value) {
-    add<std::uint64_t>(value.size());
-    bytes_ += value;
-    return *this;
-  }
-  Maker& head(std::uint64_t num_tensors, std::uint64_t num_keys, std::uint32_t version = 3) {
-    bytes_ += "GGUF";
-    return add<std::uint32_t>(version).add<std::uint64_t>(num_tensors).add<std::uint64_t>(num_keys);
-  }
-  Maker& key(std::string_view name, std::uint32_t type) { return text(name).add<std::uint32_t>(type); }
-  Maker& tensor(std::string_view name, const std::vector<std::uint64_t>& fastest_first, std::uint32_t type, std::uint64_t offset) {
-    text(name).add<std::uint32_t>(static_cast<std::uint32_t>(fastest_first.size()));
-    for (const std::uint64_t size : fastest_first) add(size);
-    return add(type).add(offset);
-  }
-  Maker& pad(std::size_t alignment = 32) {
-    bytes_.resize((bytes_.size() + alignment - 1) / alignment * alignment);
-    return *this;
-  }
-  Maker& zeros(std::size_t count) {
-    bytes_.append(count, '\0');
-    return *this;
-  }
-  const std::string& bytes() const { return bytes_; }
-
- private:
-  std::string bytes_;
-};
-
-constexpr std::uint32_t kU32 = 4, kF32 = 6, kBool = 7, kString = 8, kArray = 9, kU64 = 10;
+using Maker = testing::GgufMaker;
 
 GgufHeader parse(const Maker& file) { return parse_gguf_header(file.bytes(), "x.gguf"); }
 
