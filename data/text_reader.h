@@ -62,7 +62,8 @@ struct Record {
 };
 
 /// Records of one file. Plain text: the whole file, or documents of about document_bytes cut at blank lines (at line ends
-/// when a paragraph is longer). Line ends become "\n"; nothing else is changed. Blank lines between JSON records are skipped.
+/// when a paragraph is longer). Line ends become "\n", the last line gets one; nothing else is changed. Blank lines between JSON
+/// records are skipped.
 /// Error(kData) "file:line: ..." for text that is not UTF-8.
 class RecordReader {
  public:
