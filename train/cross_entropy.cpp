@@ -25,10 +25,10 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// A number whose gradients are known already. inputs = the value, n differentiable tensors, their n gradients.
+// A number whose gradients are known already: one for each of `inputs`. (Function::apply sees tensors in an at::TensorList as
+// differentiable inputs; those in a std::vector it passes through.)
 struct KnownGradients : torch::autograd::Function<KnownGradients> {
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& value, variable_list inputs, variable_list gradients) {
-    context->saved_data["num_inputs"] = static_cast<std::int64_t>(inputs.size());
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& value, at::TensorList /*inputs*/, variable_list gradients) {
     context->save_for_backward(std::move(gradients));
     return value.clone();
   }
@@ -36,7 +36,7 @@ struct KnownGradients : torch::autograd::Function<KnownGradients> {
     const double factor = output_gradients.at(0).item<double>();
     variable_list result(1);  // nothing flows into the value
     for (const at::Tensor& gradient : context->get_saved_variables()) result.push_back(gradient * factor);
-    result.resize(1 + 2 * static_cast<std::size_t>(context->saved_data["num_inputs"].toInt()));
+    result.emplace_back();    // nor into the gradients
     return result;
   }
 };
@@ -121,7 +121,7 @@ at::Tensor cross_entropy_sum(const at::Tensor& hidden_TD, const models::Linear& 
       for (std::size_t i = 1; i < found.size(); ++i) gradients[i] += found[i];
     }
   }
-  return differentiable ? KnownGradients::apply(nats, inputs, gradients) : nats;
+  return differentiable ? KnownGradients::apply(nats, at::TensorList(inputs), gradients) : nats;
 }
 
 at::Tensor cross_entropy_of_kept(const at::Tensor& hidden_TD, const models::Linear& head, const at::Tensor& targets_T,

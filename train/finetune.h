@@ -21,7 +21,7 @@ struct TrainReport {
   std::int64_t steps = 0;         // of the whole run
   std::int64_t chosen_step = 0;   // the checkpoint in `result`
   bool was_finished = false;      // the run had ended before this call; nothing was done
-  Json json;                      // <run>/report.json; "evaluation": [{"name", "before", "after"}], see docs/run_state.md
+  Json json = {};                   // <run>/report.json; "evaluation": [{"name", "before", "after"}], see docs/run_state.md
 };
 
 /// Runs, or with `resume` goes on from the newest valid checkpoint; a finished run is left alone and says so.

@@ -8,7 +8,7 @@ namespace alambic::train {
 
 /// Opens the model and every store, as train would. Throws what train would throw at its start (all of its start-up
 /// checks are made by this function). Result:
-///   "steps", "tokens", "tokens_per_step", "epochs"; "model": {"parameters", "trained_parameters", "family", "compute_type"};
+///   "steps", "tokens", "tokens_per_step" (of the first step); "model": {"parameters", "trained_parameters", "family", "compute_type"};
 ///   "memory": {"weights", "trained", "optimizer", "activations", "head", "library", "total", "available"} in bytes;
 ///   "time": {"tokens_per_second", "seconds", "measured"}: from a probe of one micro-batch where `probe`, else null;
 ///   "disk": {"checkpoint", "total", "free"} in bytes; "data": stores with hash, tokens, sources and licences;

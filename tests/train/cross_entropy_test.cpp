@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "train/cross_entropy.h"
+
+#include <ATen/ops/arange.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/randn.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "tests/closeness.h"
+#include "tests/golden.h"
+#include "tests/support.h"
+#include "train/run_log.h"
+
+namespace alambic::train {
+namespace {
+
+using testing::Golden;
+using testing::is_close;
+using testing::is_close_to_scale;
+
+models::Linear head_of(const at::Tensor& weight, const at::Tensor& bias = {}) {
+  models::Linear head;
+  head.weight_OI = weight;
+  head.bias_O = bias;
+  return head;
+}
+
+at::Tensor leaf(const at::Tensor& value) { return value.clone().requires_grad_(true); }
+
+TEST(CrossEntropy, AgreesWithTorchOnAPlainHead) {  // tests/oracle/cross_entropy_oracle.py, in f64
+  const Golden torch("cross_entropy.safetensors");
+  SCOPED_TRACE(torch.provenance());
+  const models::Linear head = head_of(leaf(torch["weight"]));
+  const at::Tensor hidden = leaf(torch["hidden"]);
+  const at::Tensor loss = cross_entropy_sum(hidden, head, torch["targets"], torch["keep"], 1);
+  loss.backward();
+  EXPECT_TRUE(is_close(loss, torch["plain.loss"], {.relative = 1e-6}));
+  EXPECT_TRUE(is_close(hidden.grad(), torch["plain.d_hidden"], {.absolute = 2e-5}));
+  EXPECT_TRUE(is_close_to_scale(head.weight_OI.grad(), torch["plain.d_weight"], 1e-5));
+}
+
+TEST(CrossEntropy, AgreesWithTorchOnAHeadWithBias) {
+  const Golden torch("cross_entropy.safetensors");
+  const models::Linear head = head_of(leaf(torch["weight"]), leaf(torch["bias"]));
+  const at::Tensor hidden = leaf(torch["hidden"]);
+  const at::Tensor loss = cross_entropy_sum(hidden, head, torch["targets"], torch["keep"], 1);
+  loss.backward();
+  EXPECT_TRUE(is_close(loss, torch["bias.loss"], {.relative = 1e-6}));
+  EXPECT_TRUE(is_close_to_scale(head.weight_OI.grad(), torch["bias.d_weight"], 1e-5));
+  EXPECT_TRUE(is_close_to_scale(head.bias_O.grad(), torch["bias.d_bias"], 1e-5));
+}
+
+TEST(CrossEntropy, AgreesWithTorchOnAHeadWithAnAdapter) {
+  const Golden torch("cross_entropy.safetensors");
+  models::Linear head = head_of(torch["weight"].clone());
+  models::Adapter& adapter = head.adapter.emplace();
+  adapter.a_RI = leaf(torch["a"]);
+  adapter.b_OR = leaf(torch["b"]);
+  adapter.scale = std::stod(torch.metadata().at("scale"));
+  const at::Tensor hidden = leaf(torch["hidden"]);
+  const at::Tensor loss = cross_entropy_sum(hidden, head, torch["targets"], torch["keep"], 1);
+  (loss * 3).backward();  // whatever the loss is multiplied by reaches every gradient
+  EXPECT_TRUE(is_close(loss, torch["lora.loss"], {.relative = 1e-6}));
+  EXPECT_TRUE(is_close(hidden.grad(), torch["lora.d_hidden"] * 3, {.absolute = 1e-4}));
+  EXPECT_TRUE(is_close_to_scale(head.adapter->a_RI.grad(), torch["lora.d_a"] * 3, 1e-5));
+  EXPECT_TRUE(is_close_to_scale(head.adapter->b_OR.grad(), torch["lora.d_b"] * 3, 1e-5));
+}
+
+TEST(CrossEntropy, AgreesWithPlainLoopsInDouble) {
+  const std::int64_t tokens = 7, width = 5, vocabulary = 11;
+  const at::Tensor hidden = leaf(at::randn({tokens, width})), weight = at::randn({vocabulary, width});
+  const at::Tensor targets = at::arange(tokens), keep = targets.ne(3);
+  const at::Tensor loss = cross_entropy_sum(hidden, head_of(weight), targets, keep, 1);
+  loss.backward();
+  const at::Tensor plain = hidden.detach();
+  const auto h = plain.accessor<float, 2>(), w = weight.accessor<float, 2>();
+  double nats = 0;
+  at::Tensor expected = at::zeros({tokens, width}, at::kDouble);
+  for (std::int64_t t = 0; t < tokens; ++t) {
+    if (t == 3) continue;
+    std::vector<double> logits(static_cast<std::size_t>(vocabulary));
+    double sum = 0;
+    for (std::int64_t v = 0; v < vocabulary; ++v) {
+      double& logit = logits[static_cast<std::size_t>(v)];
+      for (std::int64_t d = 0; d < width; ++d) logit += static_cast<double>(h[t][d]) * static_cast<double>(w[v][d]);
+      sum += std::exp(logit);
+    }
+    nats += std::log(sum) - logits[static_cast<std::size_t>(t)];
+    for (std::int64_t v = 0; v < vocabulary; ++v)
+      for (std::int64_t d = 0; d < width; ++d)
+        expected[t][d] += (std::exp(logits[static_cast<std::size_t>(v)]) / sum - (v == t)) * static_cast<double>(w[v][d]);
+  }
+  EXPECT_NEAR(loss.item<double>(), nats, 1e-5);
+  EXPECT_TRUE(is_close(hidden.grad(), expected, {.absolute = 1e-5}));
+}
+
+TEST(CrossEntropy, KeptRowsAloneAreTheLossOfTheChunks) {
+  const Golden torch("cross_entropy.safetensors");
+  const at::Tensor nats_K = cross_entropy_of_kept(torch["hidden"], head_of(torch["weight"]), torch["targets"], torch["keep"]);
+  EXPECT_EQ(nats_K.numel(), torch["keep"].sum().item<std::int64_t>());
+  EXPECT_TRUE(is_close(nats_K.sum(at::kDouble), torch["plain.loss"], {.relative = 1e-6}));
+}
+
+TEST(CrossEntropy, NothingKeptIsZeroWithoutAGradient) {
+  const at::Tensor hidden = leaf(at::randn({4, 3}));
+  const at::Tensor loss = cross_entropy_sum(hidden, head_of(at::randn({6, 3})), at::zeros({4}, at::kLong), at::zeros({4}, at::kBool), 1);
+  EXPECT_EQ(loss.item<double>(), 0);
+  EXPECT_FALSE(loss.requires_grad());
+}
+
+TEST(CrossEntropy, ATargetOutsideTheVocabularyIsNamed) {
+  EXPECT_TRUE(testing::fails_with(ErrorKind::kData, "id 6", [] {
+    cross_entropy_sum(at::randn({1, 3}), head_of(at::randn({6, 3})), at::full({1}, 6, at::kLong), at::ones({1}, at::kBool), 1);
+  }));
+}
+
+TEST(CrossEntropy, MemoryDoesNotGrowWithTokensTimesVocabulary) {
+  const std::int64_t tokens = 16384, vocabulary = 32768, width = 8;  // whole logits: 2 GiB
+  const models::Linear head = head_of(at::randn({vocabulary, width}));
+  const at::Tensor hidden = leaf(at::randn({tokens, width}));
+  const std::uint64_t before = process_memory().peak;
+  cross_entropy_sum(hidden, head, at::zeros({tokens}, at::kLong), at::ones({tokens}, at::kBool), 1).backward();
+  EXPECT_LT(process_memory().peak - before, 400ull << 20);
+}
+
+TEST(CrossEntropy, Bf16StaysNearF32) {
+  const Golden torch("cross_entropy.safetensors");
+  const at::Tensor keep = torch["keep"] & torch["hidden"].abs().amax(1).lt(10);
+  const at::Tensor exact = cross_entropy_sum(torch["hidden"], head_of(torch["weight"]), torch["targets"], keep, 1);
+  const at::Tensor hidden = leaf(torch["hidden"].to(at::kBFloat16));
+  const at::Tensor rough = cross_entropy_sum(hidden, head_of(torch["weight"].to(at::kBFloat16)), torch["targets"], keep, 1);
+  rough.backward();
+  EXPECT_TRUE(is_close(rough, exact, {.relative = 3e-3}));
+  EXPECT_EQ(hidden.grad().scalar_type(), at::kBFloat16);
+}
+
+}  // namespace
+}  // namespace alambic::train

@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "train/loop.h"
+
+#include <chrono>
+#include <cmath>
+
+#include "checkpoints/run_state.h"
+#include "core/error.h"
+#include "core/log.h"
+#include "core/random.h"
+#include "train/schedule.h"
+
+namespace alambic::train {
+namespace {
+
+constexpr double kLossSmoothing = 0.98;
+
+class Loop {
+ public:
+  Loop(const TrainConfig& config, const LoopParts& parts, const std::optional<Progress>& resumed)
+      : config_(config), parts_(parts), progress_(resumed.value_or(Progress{})), saved_step_(resumed ? resumed->step : -1),
+        log_(parts.run, progress_.metrics_bytes, progress_.step, parts.total_steps) {
+    if (resumed) return;
+    progress_.data = parts_.batches.state();
+    sample();
+    evaluate();
+    progress_.before = progress_.latest;
+  }
+
+  Progress run() {
+    while (progress_.ended.empty()) {
+      if (parts_.stop_requested()) stop();
+      train_one_step();
+      const bool improved = (!progress_.ended.empty() || due(config_.evaluation.every)) && evaluate();  // may end the run early
+      if (!progress_.ended.empty() || due(config_.samples.every)) sample();
+      if (!progress_.ended.empty() || improved || due(config_.checkpoint.every)) save();
+    }
+    return progress_;
+  }
+
+ private:
+  bool due(std::int64_t every) const { return every > 0 && progress_.step % every == 0; }
+
+  void train_one_step() {
+    const auto began = std::chrono::steady_clock::now();
+    const double learning_rate = learning_rate_at(config_.schedule, progress_.step, parts_.total_steps);
+    const std::vector<data::Batch> micro_batches = parts_.batches.next_step();
+    const std::uint64_t seed = derive_seed(config_.seed, "dropout", {static_cast<std::uint64_t>(progress_.step)});
+    const StepReport report = step(micro_batches, parts_.loss_sum, parts_.optimizer, learning_rate, config_.optimizer.max_grad_norm,
+                                   seed, parts_.ranks, parts_.stop_requested);
+    if (report.stopped) stop();  // progress_ still says where this step began: a resumed run makes it again
+
+    const data::StreamCounts counts = parts_.batches.counts();
+    const std::int64_t step_tokens = static_cast<std::int64_t>(counts.tokens) - progress_.tokens;
+    progress_.step += 1;
+    progress_.tokens += step_tokens;
+    progress_.kept_tokens += report.num_tokens;
+    progress_.data = parts_.batches.state();
+    if (report.applied) {
+      progress_.bad_steps_in_row = 0;
+      progress_.smoothed_loss = progress_.step - progress_.bad_steps == 1  // the first that counts
+                                    ? report.nats_per_token
+                                    : kLossSmoothing * progress_.smoothed_loss + (1 - kLossSmoothing) * report.nats_per_token;
+    } else {
+      count_bad_step(report);
+    }
+    // JSON has no NaN: a figure that is not finite is written as null, and "applied" says what came of it.
+    const auto figure = [](double value) { return std::isfinite(value) ? Json(value) : Json(nullptr); };
+    log_.metrics(progress_.step, "train", {{"loss", figure(report.nats_per_token)}, {"learning_rate", learning_rate}, {"grad_norm", figure(report.grad_norm)},
+                                           {"kept_tokens", report.num_tokens}, {"tokens", progress_.tokens}, {"applied", report.applied}});
+    log_.stepped(progress_.step, step_tokens, std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count());
+    if (config_.limits.max_tokens > 0 && progress_.tokens >= config_.limits.max_tokens) progress_.ended = "tokens";
+    if (progress_.step >= parts_.total_steps) progress_.ended = "steps";
+    if (due(config_.log_every) || !progress_.ended.empty()) log_.progress(progress_.step, progress_.smoothed_loss, learning_rate);
+  }
+
+  void count_bad_step(const StepReport& report) {
+    progress_.bad_steps += 1;
+    progress_.bad_steps_in_row += 1;
+    std::string samples;
+    for (const std::uint64_t sample : report.bad_samples) samples += " " + std::to_string(sample);
+    log_warning("step ", progress_.step, ": loss ", report.nats_per_token, ", gradient norm ", report.grad_norm,
+                "; not applied. Batches beginning at samples:", samples);
+    if (progress_.bad_steps_in_row < kMaxBadSteps) return;
+    log_.sync();
+    fail(ErrorKind::kNumerics, kMaxBadSteps, " steps in a row, the last of them ", progress_.step, ", had a loss or gradient that is not finite (loss ",
+         report.nats_per_token, ", gradient norm ", report.grad_norm, "); the last one at samples", samples,
+         Remedy{"lower schedule.learning_rate or look at these samples; the last good checkpoint is kept"});
+  }
+
+  /// Returns whether this is the best so far.
+  bool evaluate() {
+    progress_.latest = parts_.evaluate();
+    if (progress_.latest.is_null()) return false;
+    for (const auto& [name, figures] : progress_.latest.items()) {
+      Json flat = Json::object();
+      for (const auto& [key, value] : figures.items())
+        if (!value.is_object()) flat[key] = value;
+      log_.metrics(progress_.step, "evaluation/" + name, flat);
+      log_info("step ", progress_.step, "  ", name, ": loss ", figures["loss"], ", bits per byte ", figures["bits_per_byte"]);
+    }
+    if (progress_.step == 0) return false;  // the base is what the best is compared with, not a result of the run
+    const double loss = progress_.latest[parts_.chosen_by]["loss"].get<double>();
+    const bool improved = progress_.best_step < 0 || loss < progress_.best_loss - config_.limits.min_delta;
+    if (improved) {
+      progress_.best_step = progress_.step;
+      progress_.best_loss = loss;
+      progress_.best = progress_.latest;
+      progress_.without_improvement = 0;
+    } else if (++progress_.without_improvement >= config_.limits.patience && config_.limits.patience > 0 && progress_.ended.empty()) {
+      log_info("step ", progress_.step, ": no improvement in ", progress_.without_improvement, " evaluations; stopping early");
+      progress_.ended = "early stop";
+    }
+    return improved;
+  }
+
+  void sample() {
+    const Json samples = parts_.sample(progress_.step);
+    for (std::size_t i = 0; i < samples.size(); ++i) {
+      log_.metrics(progress_.step, "sample/" + std::to_string(i), samples[i]);
+      log_.text(progress_.step, "sample/" + std::to_string(i), samples[i]["prompt"].get<std::string>() + samples[i]["text"].get<std::string>());
+      log_info("step ", progress_.step, "  sample: ", to_line(samples[i]["prompt"]), " -> ", to_line(samples[i]["text"]));
+    }
+  }
+
+  void save() {
+    if (saved_step_ == progress_.step) return;  // resumed here, and nothing was done since
+    progress_.metrics_bytes = log_.sync();
+    checkpoints::save_checkpoint(parts_.run, {.step = progress_.step, .tensors = parts_.optimizer.state(), .progress = to_json(progress_), .identity = parts_.identity},
+                                 parts_.write_result);
+    saved_step_ = progress_.step;
+    checkpoints::apply_retention(parts_.run, config_.checkpoint.keep, {progress_.best_step});
+  }
+
+  [[noreturn]] void stop() {
+    save();
+    fail(ErrorKind::kStopped, "stopped on request after step ", progress_.step, " of ", parts_.total_steps, "; everything is saved in ", parts_.run.string(),
+         Remedy{"go on with: alambic train, the same config and --resume"});
+  }
+
+  const TrainConfig& config_;
+  const LoopParts& parts_;
+  Progress progress_;
+  std::int64_t saved_step_;  // the newest committed checkpoint; -1: none
+  RunLog log_;
+};
+
+}  // namespace
+
+Json to_json(const Progress& progress) {
+  return {{"step", progress.step}, {"tokens", progress.tokens}, {"kept_tokens", progress.kept_tokens}, {"smoothed_loss", progress.smoothed_loss},
+          {"bad_steps", progress.bad_steps}, {"bad_steps_in_row", progress.bad_steps_in_row}, {"before", progress.before}, {"latest", progress.latest},
+          {"best_step", progress.best_step}, {"best_loss", progress.best_loss}, {"best", progress.best},
+          {"without_improvement", progress.without_improvement}, {"ended", progress.ended}, {"data", progress.data}, {"metrics_bytes", progress.metrics_bytes}};
+}
+
+Progress progress_from_json(const Json& json, std::string_view source) {
+  const auto integer = [&](std::string_view key) { return require<std::int64_t>(json, key, source); };
+  const auto any = [&](const std::string& key) {
+    if (!json.contains(key)) fail(ErrorKind::kData, source, ": \"", key, "\" is missing");
+    return json[key];
+  };
+  return {.step = integer("step"), .tokens = integer("tokens"), .kept_tokens = integer("kept_tokens"), .smoothed_loss = require<double>(json, "smoothed_loss", source),
+          .bad_steps = integer("bad_steps"), .bad_steps_in_row = integer("bad_steps_in_row"), .before = any("before"), .latest = any("latest"),
+          .best_step = integer("best_step"), .best_loss = require<double>(json, "best_loss", source), .best = any("best"),
+          .without_improvement = integer("without_improvement"), .ended = require<std::string>(json, "ended", source), .data = any("data"),
+          .metrics_bytes = static_cast<std::uint64_t>(integer("metrics_bytes"))};
+}
+
+Progress run(const TrainConfig& config, const LoopParts& parts, const std::optional<Progress>& resumed) { return Loop(config, parts, resumed).run(); }
+
+}  // namespace alambic::train

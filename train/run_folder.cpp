@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "train/run_folder.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "checkpoints/hf_folder.h"
+#include "checkpoints/peft_folder.h"
+#include "checkpoints/run_state.h"
+#include "core/error.h"
+#include "core/log.h"
+#include "train/evaluate.h"
+
+namespace alambic::train {
+namespace {
+
+constexpr const char* kReport = "report.json";
+
+std::filesystem::path result_folder(const TrainConfig& config) { return config.output / (config.method == "lora" ? "adapter" : "weights"); }
+
+const std::filesystem::path& made(const std::filesystem::path& folder) {
+  std::error_code failed;
+  std::filesystem::create_directories(folder, failed);
+  if (failed) fail(ErrorKind::kUsage, "output: ", folder.string(), ": cannot be made: ", failed.message(), Remedy{"choose a folder that can be written"});
+  return folder;
+}
+
+/// Copies a folder of plain files, each fsynced.
+void copy_files(const std::filesystem::path& from, const std::filesystem::path& to) {
+  for (const std::filesystem::directory_entry& entry : std::filesystem::directory_iterator(from)) {
+    std::filesystem::copy_file(entry.path(), to / entry.path().filename());
+    fsync_file(to / entry.path().filename());
+  }
+}
+
+/// A full fine-tune's weights as a Hugging Face folder, in the type the base stores them in.
+void write_full_weights(const TrainConfig& config, const checkpoints::RunState& state, const std::filesystem::path& folder) {
+  constexpr std::string_view kWeights = "weights.";
+  std::vector<std::pair<std::string, std::vector<std::int64_t>>> names;
+  std::vector<at::Tensor> tensors;
+  for (const auto& [name, tensor] : state.tensors)
+    if (name.starts_with(kWeights)) names.emplace_back(name.substr(kWeights.size()), tensor.sizes().vec()), tensors.push_back(tensor);
+  const checkpoints::FolderTensors base(config.model);
+  checkpoints::write_weights(folder, names, base.type(names.front().first), [&](std::size_t i) { return tensors[i]; });
+  checkpoints::copy_companions(config.model, folder);
+}
+
+}  // namespace
+
+RunFolder::RunFolder(const std::filesystem::path& folder) : lock_(made(folder)) {}
+
+void require_new_or_resumed(const TrainConfig& config, bool resume) {
+  if (resume) return;
+  for (const std::filesystem::directory_entry& entry : std::filesystem::directory_iterator(config.output))
+    if (entry.path().filename() != ".lock")
+      fail(ErrorKind::kUsage, "output: ", config.output.string(), std::filesystem::exists(config.output / kReport) ? " holds a finished run" : " is not empty",
+           Remedy{"go on with what is there by --resume, or choose another folder"});
+}
+
+std::optional<TrainReport> finished_run(const TrainConfig& config) {
+  const std::filesystem::path path = config.output / kReport;
+  if (!std::filesystem::exists(path)) return std::nullopt;
+  TrainReport report{.result = result_folder(config), .was_finished = true, .json = read_json_file(path)};
+  report.steps = require<std::int64_t>(report.json, "steps", path.string());
+  report.chosen_step = require<std::int64_t>(report.json, "chosen_step", path.string());
+  log_info(config.output.string(), ": this run is finished (", report.steps, " steps); the result is in ", report.result.string());
+  return report;
+}
+
+void use_threads(const TrainConfig& config) {
+  if (config.threads > 0) at::set_num_threads(static_cast<int>(config.threads));
+}
+
+void make_trainable(models::Decoder& decoder, const TrainConfig& config) {
+  if (config.method == "lora") lora::attach(decoder, config.lora, config.seed);
+  else lora::train_everything(decoder);
+}
+
+std::uint64_t checkpoint_bytes(std::int64_t num_trained_parameters) {
+  constexpr std::uint64_t kCopies = 4;  // weights, two moments, and the PEFT folder or what a full fine-tune writes at the end
+  return kCopies * sizeof(float) * static_cast<std::uint64_t>(num_trained_parameters) + (1 << 20);
+}
+
+void require_disk(const TrainConfig& config, std::int64_t num_trained_parameters) {
+  // The kept ones, the best one, and the one being written.
+  const std::uint64_t needed = checkpoint_bytes(num_trained_parameters) * static_cast<std::uint64_t>(config.checkpoint.keep + 2), free = free_bytes(config.output);
+  if (free < needed)
+    fail(ErrorKind::kResource, config.output.string(), ": ", free >> 20, " MiB are free, checkpoints need ", needed >> 20, " MiB",
+         Remedy{"free space, choose another output, or lower checkpoint.keep"});
+}
+
+std::int64_t total_steps(const TrainConfig& config, const data::BatchStream& batches, const Inputs& inputs) {
+  const LimitsConfig& limits = config.limits;
+  std::int64_t steps = limits.max_steps > 0 ? limits.max_steps : std::numeric_limits<std::int64_t>::max();
+  if (limits.max_epochs > 0) steps = std::min(steps, batches.steps_for_epochs(limits.max_epochs));
+  if (limits.max_tokens > 0) {
+    constexpr std::int64_t kProbe = 4;
+    data::BatchStream probe(stream_config(config), static_cast<std::uint32_t>(inputs.model.vocabulary_size));
+    for (std::int64_t i = 0; i < kProbe; ++i) probe.next_step();
+    const double tokens_per_step = static_cast<double>(probe.counts().tokens) / kProbe;
+    steps = std::min(steps, static_cast<std::int64_t>(std::ceil(static_cast<double>(limits.max_tokens) / tokens_per_step)));
+  }
+  return std::max<std::int64_t>(steps, 1);
+}
+
+std::string chosen_by(const TrainConfig& config) {
+  if (!config.evaluation.choose_best_by.empty() || config.evaluation.stores.empty()) return config.evaluation.choose_best_by;
+  return config.evaluation.stores.front().name;
+}
+
+Json evaluate_all(const TrainConfig& config, const models::Decoder& decoder, const Inputs& inputs) {
+  if (inputs.held_out.empty()) return nullptr;
+  Json all = Json::object();
+  for (const auto& [name, store] : inputs.held_out)
+    all[name] = to_json(evaluate(decoder, store, config.data.row_length, config.data.rows_per_batch, static_cast<std::uint64_t>(config.evaluation.max_tokens)));
+  return all;
+}
+
+std::optional<Progress> restore(const TrainConfig& config, const LoopParts& parts) {
+  const std::optional<std::filesystem::path> newest = checkpoints::newest_checkpoint(config.output);
+  const auto note_config = [&] { write_file(config.output / "config.json", resolved_config(config).dump(2) + "\n"); };
+  if (!newest) {
+    note_config();
+    return std::nullopt;
+  }
+  const checkpoints::RunState state = checkpoints::load_checkpoint(*newest);
+  const std::string source = (*newest / "identity.json").string();
+  std::string changed;
+  for (const std::string& line : checkpoints::differences(require<Json>(state.identity, "run", source), parts.identity["run"])) changed += "\n  " + line;
+  if (!changed.empty())
+    fail(ErrorKind::kUsage, config.output.string(), ": this run was started with other settings or data:", changed,
+         Remedy{"go on with what the run was started with, or start a new one in another output folder"});
+  for (const std::string& line : checkpoints::differences(require<Json>(state.identity, "machine", source), parts.identity["machine"]))
+    log_warning("resuming on another machine or thread count, so the last bits of sums may differ: ", line);
+  Progress progress = progress_from_json(state.progress, (*newest / "progress.json").string());
+  parts.optimizer.restore(state.tensors, progress.step - progress.bad_steps);
+  parts.batches.restore(progress.data);
+  note_config();
+  log_info("resuming from ", newest->filename().string());
+  return progress;
+}
+
+void write_result(const TrainConfig& config, models::Decoder& decoder, const Inputs& inputs, const std::filesystem::path& folder) {
+  if (config.method == "lora") checkpoints::write_adapter(decoder, config.lora, config.model.string(), folder / "adapter", inputs.base_hash);
+}
+
+TrainReport finish(const TrainConfig& config, const Inputs& inputs, const Progress& progress) {
+  const bool evaluated = progress.best_step >= 0;
+  TrainReport report{.result = result_folder(config), .steps = progress.step, .chosen_step = evaluated ? progress.best_step : progress.step};
+  const std::filesystem::path chosen = config.output / ("checkpoint-" + std::to_string(report.chosen_step)), temporary = config.output / ".tmp-result";
+  if (const std::string damage = checkpoints::damage_of(chosen); !damage.empty())
+    fail(ErrorKind::kData, "the chosen checkpoint is damaged: ", damage, Remedy{"train again; the disk may be failing"});
+  std::filesystem::remove_all(temporary);
+  std::filesystem::remove_all(report.result);  // of an earlier end of this run that was cut short before its report
+  std::filesystem::create_directory(temporary);
+  if (config.method == "lora") copy_files(chosen / "adapter", temporary);
+  else write_full_weights(config, checkpoints::load_checkpoint(chosen), temporary);
+  commit_folder(temporary, report.result);
+
+  Json evaluation = Json::array();
+  for (const auto& [name, store] : inputs.held_out)
+    evaluation.push_back({{"name", name}, {"chosen_by", name == chosen_by(config)}, {"before", progress.before[name]}, {"after", progress.best[name]}});
+  report.json = {{"format", 1},
+                 {"method", config.method},
+                 {"result", report.result.filename().string()},
+                 {"ended", progress.ended},
+                 {"steps", progress.step},
+                 {"chosen_step", report.chosen_step},
+                 {"tokens", progress.tokens},
+                 {"kept_tokens", progress.kept_tokens},
+                 {"bad_steps", progress.bad_steps},
+                 {"base", {{"folder", config.model.string()}, {"sha256", inputs.base_hash}, {"family", inputs.model.family->model_type}, {"parameters", inputs.model.num_parameters()}}},
+                 {"evaluation", evaluation},
+                 {"data", describe_data(config, inputs)},
+                 {"licence", licence_verdict(config, inputs)},
+                 {"config", resolved_config(config)}};
+  write_file(config.output / kReport, report.json.dump(2) + "\n");
+  log_info("finished after ", report.steps, " steps; step ", report.chosen_step, " is in ", report.result.string());
+  return report;
+}
+
+}  // namespace alambic::train
