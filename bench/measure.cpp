@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: Apache-2.0
+// Our side of scripts/bench.sh: one measurement a process, so that peak memory means something. Prints one JSON object.
+//   alambic_bench gemm f32|bf16                       GFLOP/s of a 1024 x 1024 x 1024 product
+//   alambic_bench store FOLDER                        makes the token store that the next two read, where it is absent
+//   alambic_bench stream FOLDER                       tokens/s of packed batches
+//   alambic_bench resume FOLDER                       seconds from opening to the first batch, behind half an epoch
+//   alambic_bench resume-simulated                    the same at sample 10^12 of a corpus that is a function
+//   alambic_bench load MODEL f32|bf16                 seconds to weights in memory
+//   alambic_bench step MODEL f32|bf16 ROWS LENGTH     tokens/s of LoRA steps (rank 16 on all linear layers)
+// Threads: OMP_NUM_THREADS.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/randn.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <fstream>
+#include <iostream>
+
+#include "checkpoints/hf_folder.h"
+#include "core/error.h"
+#include "core/json.h"
+#include "core/random.h"
+#include "data/batch_stream.h"
+#include "lora/adapter.h"
+#include "parallel/communicator.h"
+#include "train/cross_entropy.h"
+#include "train/step.h"
+
+namespace alambic::bench {
+namespace {
+
+class Stopwatch {
+ public:
+  double seconds() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count(); }
+
+ private:
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+// Gigabytes (10^9) of a line of /proc/self/status: VmHWM is the most that was resident, VmRSS what is now.
+double resident(const std::string& key) {
+  std::ifstream status("/proc/self/status");
+  for (std::string word; status >> word;)
+    if (double kibibytes = 0; word == key + ":" && status >> kibibytes) return kibibytes * 1024 / 1e9;
+  fail(ErrorKind::kResource, "/proc/self/status has no ", key);
+}
+
+at::ScalarType type_named(const std::string& name) {
+  if (name == "f32") return at::kFloat;
+  if (name == "bf16") return at::kBFloat16;
+  fail(ErrorKind::kUsage, name, ": f32 or bf16 was expected");
+}
+
+// The best of several, since a peak is what the machine can do: other processes only take from it.
+Json gemm(at::ScalarType type) {
+  const at::Tensor a = at::randn({1024, 1024}).to(type), b = at::randn({1024, 1024}).to(type);
+  at::mm(a, b);
+  double best = 0;
+  for (int i = 0; i < 20; ++i) {
+    const Stopwatch watch;
+    const at::Tensor c = at::mm(a, b);
+    best = std::max(best, 2.0 * 1024 * 1024 * 1024 / watch.seconds() / 1e9);
+  }
+  return {{"value", best}, {"unit", "GFLOP/s"}};
+}
+
+// A number in (0, 1) that depends on `index` alone.
+double uniform(std::uint64_t index) { return (static_cast<double>(mix64(index) >> 11) + 0.5) / 9007199254740992.0; }
+
+// Log-normal with a median of 300 tokens: chats and short articles.
+std::uint32_t length_of(std::uint64_t document) {
+  const double normal = std::sqrt(-2 * std::log(uniform(2 * document))) * std::cos(6.283185307179586 * uniform(2 * document + 1));
+  return static_cast<std::uint32_t>(std::clamp(300 * std::exp(normal), 2.0, 20'000.0));
+}
+
+data::Document document_of(std::uint64_t number) {
+  data::Document document;
+  document.ids.resize(length_of(number));
+  document.mask.assign(document.ids.size(), 1);
+  document.mask[0] = 0;
+  // Zipf-like ids, so that compression has about as much to do as with text.
+  for (std::size_t i = 0; i < document.ids.size(); ++i) document.ids[i] = static_cast<std::uint32_t>(std::pow(49'151.0, uniform(mix64(number) + i))) - 1;
+  document.num_bytes = 4 * document.ids.size();
+  document.num_words = document.ids.size();
+  return document;
+}
+
+Json make_store(const std::filesystem::path& folder) {
+  if (!std::filesystem::exists(folder / "index.json")) {
+    data::TokenStoreWriter writer(folder, {.tokenizer_hash = std::string(64, '0'), .vocabulary_size = 49'152,
+                                           .sources = {{.name = "bench", .origin = "bench/measure.cpp", .licence = "CC0-1.0", .language = "en"}}});
+    for (std::uint64_t i = writer.committed_documents(); i < 60'000; ++i) writer.append(document_of(i));
+    writer.finish();
+  }
+  const data::TokenStore store(folder);
+  return {{"value", static_cast<double>(store.totals().tokens)}, {"unit", "tokens"}};
+}
+
+data::StreamConfig stream_config(const std::filesystem::path& folder) {
+  return {.mixture = {{.store = folder, .weight = 1}}, .row_length = 1024, .rows_per_batch = 4, .batches_per_step = 2, .seed = 1};
+}
+
+Json stream(const std::filesystem::path& folder) {
+  data::BatchStream batches(stream_config(folder), 49'152);
+  for (int i = 0; i < 10; ++i) batches.next_step();
+  const data::StreamCounts before = batches.counts();
+  const Stopwatch watch;
+  for (int i = 0; i < 600; ++i) batches.next_step();
+  const double seconds = watch.seconds();
+  const data::StreamCounts counts = batches.counts();
+  const auto tokens = static_cast<double>(counts.tokens - before.tokens);
+  return {{"value", tokens / seconds}, {"unit", "tokens/s"}, {"fill", tokens / (1024.0 * static_cast<double>(counts.rows - before.rows))},
+          {"truncated_share", static_cast<double>(counts.truncated_tokens) / static_cast<double>(counts.tokens + counts.truncated_tokens)},
+          {"peak_memory_gb", resident("VmHWM")}};
+}
+
+Json resume(const std::filesystem::path& folder) {
+  Json state;
+  {
+    data::BatchStream batches(stream_config(folder), 49'152);
+    while (batches.epochs() < 0.5) batches.next_step();
+    state = batches.state();
+  }
+  const Stopwatch watch;
+  data::BatchStream batches(stream_config(folder), 49'152);
+  batches.restore(state);
+  batches.next_step();
+  return {{"value", watch.seconds()}, {"unit", "s"}, {"sample", state["counts"]["documents"]}};
+}
+
+class SimulatedCorpus final : public data::Corpus {
+ public:
+  std::string name() const override { return "simulated"; }
+  std::string hash() const override { return "simulated"; }
+  std::uint64_t num_documents() const override { return 2'000'000'000'000; }
+  std::uint64_t num_trained_tokens() const override { return num_documents(); }
+  std::uint32_t length(std::uint64_t document) const override { return length_of(document); }
+  data::Document read(std::uint64_t document) const override { return document_of(document); }
+};
+
+Json resume_simulated() {
+  constexpr std::uint64_t kSample = 1'000'000'000'000;
+  const auto open = [] {
+    std::vector<std::unique_ptr<data::Corpus>> corpora;
+    corpora.push_back(std::make_unique<SimulatedCorpus>());
+    return std::make_unique<data::BatchStream>(stream_config(""), std::move(corpora));
+  };
+  Json state = open()->state();
+  state["stores"][0]["first"] = state["counts"]["documents"] = kSample;
+  const Stopwatch watch;
+  const auto batches = open();
+  batches->restore(state);
+  const std::vector<data::Batch> step = batches->next_step();
+  if (step.at(0).first_sample != kSample) fail(ErrorKind::kBug, "the stream is not at sample ", kSample);
+  return {{"value", watch.seconds()}, {"unit", "s"}, {"sample", kSample}};
+}
+
+Json load(const std::filesystem::path& model, at::ScalarType type) {
+  const double before = resident("VmRSS");
+  const Stopwatch watch;
+  models::Decoder decoder = checkpoints::load_decoder(model, type);
+  double sum = 0;  // mapped pages count as loaded once they were read
+  for (const models::NamedTensor& tensor : decoder.tensors()) sum += tensor.tensor->flatten().slice(0, 0, std::nullopt, 1024).sum().item<double>();
+  const double seconds = watch.seconds();
+  if (!std::isfinite(sum)) fail(ErrorKind::kData, model.string(), ": a weight is not finite");
+  return {{"value", seconds}, {"unit", "s"}, {"peak_memory_gb", resident("VmHWM")}, {"libraries_gb", before}};
+}
+
+// Multiplications and additions of the weight products of one token: 2 forward and 2 backward a frozen weight (its own
+// gradient is not made), 6 an adapter's. Attention itself is left out.
+double flops_of_a_token(models::Decoder& decoder) {
+  double flops = 0;
+  for (const models::NamedLinear& linear : decoder.linears()) {
+    flops += 4 * static_cast<double>(linear.linear->weight_OI.numel());
+    if (const auto& adapter = linear.linear->adapter) flops += 6 * static_cast<double>(adapter->a_RI.numel() + adapter->b_OR.numel());
+  }
+  return flops;
+}
+
+Json step(const std::filesystem::path& model, at::ScalarType type, std::int64_t num_rows, std::int64_t length) {
+  models::Decoder decoder = checkpoints::load_decoder(model, type);
+  lora::attach(decoder, {.rank = 16, .alpha = 32}, /*seed=*/1);
+  train::AdamW optimizer(lora::trainable(decoder), {});
+  const auto alone = parallel::single();
+
+  // The ids that bench/peers/train_step.py uses; every row one document, every next token trained.
+  const std::int64_t num_tokens = num_rows * length, vocabulary = decoder.config.vocabulary_size;
+  data::Batch batch{.tokens_T = at::empty({num_tokens}, at::kLong), .positions_T = at::empty({num_tokens}, at::kLong),
+                    .targets_T = at::full({num_tokens}, 0, at::kLong), .keep_T = at::ones({num_tokens}, at::kBool),
+                    .document_lengths = std::vector<std::int64_t>(static_cast<std::size_t>(num_rows), length), .origins = {},
+                    .num_kept = num_rows * (length - 1), .first_sample = 0};
+  auto* tokens = batch.tokens_T.mutable_data_ptr<std::int64_t>();
+  auto* positions = batch.positions_T.mutable_data_ptr<std::int64_t>();
+  auto* targets = batch.targets_T.mutable_data_ptr<std::int64_t>();
+  auto* keep = batch.keep_T.mutable_data_ptr<bool>();
+  for (std::int64_t i = 0; i < num_tokens; ++i) {
+    tokens[i] = (i * 7919 + (i % 31) * 104'729 + 17) % vocabulary;
+    positions[i] = i % length;
+    keep[i] = positions[i] + 1 < length;
+    if (positions[i] > 0) targets[i - 1] = tokens[i];
+  }
+  const auto loss_sum = [&](const data::Batch& own, std::uint64_t seed) {
+    return train::cross_entropy_sum(decoder.hidden_TD(train::input_of(own, seed)), decoder.head, own.targets_T, own.keep_T, seed);
+  };
+  std::vector<double> losses, seconds;
+  const int num_steps = static_cast<int>(std::max<std::int64_t>(2, 1024 / num_tokens));
+  for (int i = 0; i < 1 + num_steps; ++i) {  // the first one warms up
+    const Stopwatch watch;
+    losses.push_back(train::step({&batch, 1}, loss_sum, optimizer, 2e-4, 1.0, /*dropout_seed=*/1, *alone).nats_per_token);
+    if (i > 0) seconds.push_back(watch.seconds());
+  }
+  std::sort(seconds.begin(), seconds.end());
+  const double median = (seconds[(seconds.size() - 1) / 2] + seconds[seconds.size() / 2]) / 2;
+  return {{"value", static_cast<double>(num_tokens) / median}, {"unit", "tokens/s"}, {"peak_memory_gb", resident("VmHWM")},
+          {"flops_of_a_token", flops_of_a_token(decoder)}, {"losses", losses}};
+}
+
+Json measure(const std::vector<std::string>& words) {
+  const auto is = [&](const char* name, std::size_t count) { return words.size() == count + 1 && words[0] == name; };
+  if (is("gemm", 1)) return gemm(type_named(words[1]));
+  if (is("store", 1)) return make_store(words[1]);
+  if (is("stream", 1)) return stream(words[1]);
+  if (is("resume", 1)) return resume(words[1]);
+  if (is("resume-simulated", 0)) return resume_simulated();
+  if (is("load", 2)) return load(words[1], type_named(words[2]));
+  if (is("step", 4)) return step(words[1], type_named(words[2]), std::stoll(words[3]), std::stoll(words[4]));
+  fail(ErrorKind::kUsage, "unknown measurement or a wrong number of arguments", Remedy{"the top of bench/measure.cpp lists them"});
+}
+
+}  // namespace
+}  // namespace alambic::bench
+
+int main(int argc, char** argv) {
+  try {
+    std::cout << alambic::to_line(alambic::bench::measure({argv + 1, argv + argc})) << std::endl;
+    return 0;
+  } catch (const alambic::Error& error) {
+    std::cerr << "alambic_bench: " << error.what() << "\n" << error.remedy() << "\n";
+    return alambic::exit_code(error.kind());
+  } catch (const std::exception& error) {
+    std::cerr << "alambic_bench: " << error.what() << "\n";
+    return 70;
+  }
+}

