@@ -6,10 +6,13 @@
 First proves itself: every rule must flag its bad sample and let its good one pass. Then reads every source file under ROOT
 (the repository, by default) and prints a line "file:line: rule: ..." for each breach; the exit code is 1 if there is one.
 """
+import ast
+import io
 import pathlib
 import re
 import sys
 import tempfile
+import tokenize
 
 # A folder may include only folders to its left.
 FOLDERS = ["core", "parallel", "data", "models", "lora", "checkpoints", "train", "distill", "cli"]
@@ -48,6 +51,23 @@ def source_files(root):
                     yield path.relative_to(root)
 
 
+def without_literals(path, text):
+    """(line number, text of the line) with literals blanked, since those may hold any letter; comments and docstrings stay."""
+    if path.suffix == ".py":
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.COMMENT:
+                yield token.start[0], token.string
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and node.body and ast.get_docstring(node, clean=False):
+                for offset, line in enumerate(ast.get_docstring(node, clean=False).split("\n")):
+                    yield node.body[0].lineno + offset, line
+        return
+    if path.suffix in {".h", ".cpp", ".cu", ".cuh"}:
+        text = RAW_STRING.sub(lambda literal: "\n" * literal.group().count("\n"), text)
+    for number, line in enumerate(text.split("\n"), 1):
+        yield number, LITERAL_OR_COMMENT.sub(lambda part: part.group(2) or "", line)
+
+
 def breaches_of(path, text):
     """(line number, rule, what) for each breach in one file; path is relative to the root."""
     parts = path.parts
@@ -61,13 +81,13 @@ def breaches_of(path, text):
     if FORBIDDEN_NAME.search("/".join(parts)):
         found.append((1, "name", "say what the file is for: no utils, helpers, common"))
 
-    if path.suffix in {".h", ".cpp", ".cu", ".cuh"}:
-        text = RAW_STRING.sub(lambda literal: "\n" * literal.group().count("\n"), text)
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.isascii():  # text for people and for tests may hold any letter, comments may not
-            strange = [letter for letter in LITERAL_OR_COMMENT.sub(lambda part: part.group(2) or "", line) if not letter.isascii()]
-            if strange:
-                found.append((number, "ascii", f"the letter U+{ord(strange[0]):04X} outside of a literal"))
+    try:
+        for number, line in without_literals(path, text):
+            if not line.isascii():
+                strange = next(letter for letter in line if not letter.isascii())
+                found.append((number, "ascii", f"the letter U+{ord(strange):04X} outside of a literal"))
+    except (SyntaxError, tokenize.TokenError) as error:
+        found.append((1, "syntax", str(error)))
 
     for number, line in enumerate(lines, 1):
         if MACHINE_PATH.search(line):
@@ -142,6 +162,8 @@ SAMPLES = [
     ("train/step.cpp", CPP + "// a dash \N{EM DASH} here\n", "ascii"),
     ("train/step.cpp", CPP + '// a quoted "\N{EM DASH}" here\n', "ascii"),
     ("tests/step.py", SH + '"""A docstring\nwith a \N{EM DASH}.\n"""\n', "ascii"),
+    ("tests/step.py", SH + "def f():\n    pass  # a \N{EM DASH}\n", "ascii"),
+    ("tests/step.py", SH + 'TEXT = """several lines\nwith a \N{EM DASH}\n"""\n', ""),
     ("tests/step_test.cpp", CPP + 'encode("caf\N{LATIN SMALL LETTER E WITH ACUTE} // \\" x", \'y\');  // in a literal\n', ""),
     ("tests/step_test.cpp", CPP + 'R"(\n"\N{EM DASH}" and // \N{EM DASH}\n)", R"x(\N{EM DASH})x"\n// plain\n', ""),
     ("tests/step_test.cpp", CPP + 'R"(\n)"\n// \N{EM DASH}\n', "ascii"),
