@@ -162,6 +162,8 @@ void read_rope(ConfigReader& reader, ModelConfig& config, std::vector<std::strin
     else if (!value.is_object()) reader.problem("rope_parameters.", key, " must be an object, got ", shown(value));
     else (key == "full_attention" ? full : sliding) = value;
   }
+  // transformers lays rope_scaling over a dictionary that holds "rope_type" already, so that "type" would be read by nobody.
+  if (scaling.contains("type") && !scaling.contains("rope_type")) reader.problem("rope_scaling.type is not read for this family; its key is rope_type");
   for (const auto& [key, value] : scaling.items()) full[key] = value;
   config.rope = make_rope(reader, full, theta_or("rope_theta", family.rope_theta), config, problems);
   config.local_rope = make_rope(reader, sliding, theta_or("rope_local_base_freq", family.local_rope_theta), config, problems);

@@ -70,8 +70,10 @@ TEST(ModelConfig, OlderRopeSpellingMeansTheSame) {
         rope.erase(key);
       }
     if (rope.contains("rope_type") && rope["rope_type"] != "default") {
-      rope["type"] = rope["rope_type"];
-      rope.erase("rope_type");
+      if (!old.contains("rope_local_base_freq")) {  // Gemma 3 always wrote the newer key
+        rope["type"] = rope["rope_type"];
+        rope.erase("rope_type");
+      }
       old["rope_scaling"] = rope;
     }
     const ModelConfig now = read_model_config(config, "new"), then = read_model_config(old, "old");
@@ -122,6 +124,7 @@ TEST(ModelConfig, RefusesWhatItDoesNotKnow) {
   EXPECT_TRUE(refused(changed({{"layer_types", {"sliding_attention", "full_attention"}}}, "mistral"), "are all of one kind"));
   EXPECT_TRUE(refused(changed({{"use_sliding_window", false}, {"layer_types", {"sliding_attention", "full_attention", "full_attention"}}}, "qwen2"), "no sliding window is set"));
   EXPECT_TRUE(refused(changed({{"no_rope_layers", {1, 0, 2, 1}}}, "smollm3"), "no_rope_layers[2] must be 0 or 1"));
+  EXPECT_TRUE(refused(changed({{"rope_scaling", {{"type", "linear"}, {"factor", 8.0}}}}, "gemma3_text"), "rope_scaling.type is not read for this family"));
   Json phi = config_of("phi3");
   phi["rope_parameters"]["long_factor"] = Json::array({1, 2});
   EXPECT_TRUE(refused(phi, "long_factor must be a list of 3 numbers"));

@@ -140,7 +140,8 @@ def old_spelling(config):
     if "partial_rotary_factor" in rope:
         old["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     if rope.get("rope_type", "default") != "default":
-        rope["type"] = rope.pop("rope_type")
+        if "rope_local_base_freq" not in old:  # Gemma 3 always wrote the newer key
+            rope["type"] = rope.pop("rope_type")
         old["rope_scaling"] = rope
     return old
 
