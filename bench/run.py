@@ -180,9 +180,10 @@ def train_step_case(rounds, threads):
 
             left, right = in_turns(ours, lambda: run_json([PYTHON, PEERS / "train_step.py", folder, dtype, rows, 512], threads), rounds)
             # The same computation, or the comparison is worth nothing.
-            for a, b in zip(left[0]["losses"], right[0]["losses"]):
-                if not abs(a - b) <= (1e-3 if dtype == "f32" else 2e-2) * abs(b):
-                    raise Failed(f"train_step: loss {a}, but the peer has {b}")
+            for step, (a, b) in enumerate(zip(left[0]["losses"], right[0]["losses"])):
+                # At first B is zero, so the random A does not count; later losses depend on it a little.
+                if not abs(a - b) <= (1e-4 if dtype == "f32" and step == 0 else 2e-2) * abs(b):
+                    raise Failed(f"train_step: loss {a} at step {step}, but the peer has {b}")
             name, peer, peak = f"train_step_{rows}x512_{dtype}", peer_versions("peft", "transformers", "torch"), max(peaks)
             flops = left[0]["flops_of_a_token"] / 1e9
             yield outcome(name, "tokens/s", [r["value"] for r in left], peer, [r["value"] for r in right],
