@@ -11,10 +11,10 @@ namespace {
 
 // The folder that merge_folder takes as its adapter: a PEFT folder, or what a finished run holds.
 std::filesystem::path tuned_folder(const std::filesystem::path& given) {
+  if (std::filesystem::exists(given / "metrics.jsonl") && !std::filesystem::exists(given / "report.json"))
+    fail(ErrorKind::kData, printable(given.string()), ": the run is not finished", Remedy{"alambic train CONFIG --resume goes on with it"});
   if (std::filesystem::exists(given / "weights") && !std::filesystem::exists(given / "adapter")) return given / "weights";
   if (std::filesystem::exists(given / "model.safetensors") || std::filesystem::exists(given / "model.safetensors.index.json")) return given;
-  if (std::filesystem::exists(given / "checkpoint.lock") || (std::filesystem::exists(given / "metrics.jsonl") && !std::filesystem::exists(given / "report.json")))
-    fail(ErrorKind::kData, printable(given.string()), ": the run is not finished", Remedy{"alambic train CONFIG --resume goes on with it"});
   return adapter_folder(given);
 }
 
