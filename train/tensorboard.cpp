@@ -68,7 +68,7 @@ EventWriter::EventWriter(const std::filesystem::path& folder, std::int64_t first
     if (descriptor_ < 0 && errno != EEXIST) fail(ErrorKind::kResource, path_.string(), ": cannot be created: ", std::strerror(errno));
   }
   event(0, bytes_field(3, "brain.Event:2"));                             // Event.file_version
-  if (first_step > 0) event(first_step, bytes_field(7, number_field(1, 1)));  // Event.session_log.status = START
+  if (first_step > 0) event(first_step + 1, bytes_field(7, number_field(1, 1)));  // Event.session_log.status = START
   flush();
 }
 

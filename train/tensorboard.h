@@ -14,7 +14,7 @@ std::uint32_t crc32c(std::string_view bytes);
 
 class EventWriter {
  public:
-  /// Opens a new events.out.tfevents.<seconds>.<host>.<pid>[.<n>] in `folder`. With first_step > 0 TensorBoard is told to
+  /// Opens a new events.out.tfevents.<seconds>.<host>.<pid>[.<n>] in `folder`. With first_step > 0 (finished) TensorBoard is told to
   /// forget events of later steps, which a run that was killed had written and a resumed one writes again.
   EventWriter(const std::filesystem::path& folder, std::int64_t first_step);
   ~EventWriter();
