@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sampling filters against transformers' logits processors, and the real SmolLM2 against transformers on the same GGUF.
 
-Golden generate.safetensors: "logits" [rows, V], "seen" [rows, n], and "<case>" [rows, V] as the processors leave it, for the
-settings in the metadata "cases". (Greedy text of the tiny models is in families_oracle.py.)
+Golden generate.safetensors: "logits" [rows, V], "seen" [rows, n], and for each of the settings in the metadata "cases"
+"<case>" [rows, V] as the processors leave it (0 where they filter) and "<case>.kept". (Greedy text of the tiny models is in families_oracle.py.)
 """
 import json
 import pathlib
@@ -47,7 +47,8 @@ def make(folder):
     logits[1, 10:20] = logits[1].max()  # ties
     tensors = {"logits": logits, "seen": seen}
     for name, case in CASES.items():
-        tensors[name] = processed(case, seen, logits)
+        left = processed(case, seen, logits)
+        tensors[name], tensors[name + ".kept"] = left.masked_fill(left.isinf(), 0), ~left.isinf()
     oracle.save_golden(folder / "generate.safetensors", tensors, SEED, cases=json.dumps(CASES))
 
 
