@@ -24,8 +24,6 @@ function(alambic_library folder)
     # Goldens and sample texts are found in the source tree; scratch files go to the test's working folder.
     target_compile_definitions(${folder}_tests PRIVATE ALAMBIC_SOURCE_DIR="${CMAKE_SOURCE_DIR}")
     gtest_discover_tests(${folder}_tests DISCOVERY_MODE PRE_TEST PROPERTIES LABELS ${folder} TIMEOUT 300)
-  endif()
-  if(tests)
     target_precompile_headers(${folder}_tests REUSE_FROM alambic_pch)
   endif()
   if(NOT arg_NO_TENSORS)

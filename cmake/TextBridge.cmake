@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # alambic::text_bridge: the Rust static library behind data/text_bridge/text_bridge.h.
-find_program(CARGO_PROGRAM cargo HINTS $ENV{HOME}/.cargo/bin REQUIRED)
+find_program(CARGO_PROGRAM cargo HINTS $ENV{HOME}/.cargo/bin)
+if(NOT CARGO_PROGRAM)
+  message(FATAL_ERROR "cargo (Rust 1.85 or newer) was not found. Run scripts/setup.sh, or pass -DCARGO_PROGRAM=/path/to/cargo.")
+endif()
 set(bridge_dir ${CMAKE_SOURCE_DIR}/data/text_bridge)
 set(bridge_target_dir ${CMAKE_BINARY_DIR}/text_bridge)
 set(bridge_library ${bridge_target_dir}/release/libalambic_text_bridge.a)
