@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 case " $* " in *" --help "* | *" -h "*) exec python3 bench/run.py --help;; esac
 { # stdout is for results alone
   scripts/setup.sh --oracle
-  . scripts/build.sh
+  targets="alambic alambic_bench" . scripts/build.sh
   . scripts/fetch.sh
   fetch_smollm2
   fetch_debian_handbook
