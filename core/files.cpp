@@ -31,6 +31,7 @@ class Descriptor {
   Descriptor(const Descriptor&) = delete;
   Descriptor& operator=(const Descriptor&) = delete;
   int get() const { return value_; }
+  int release() { return std::exchange(value_, -1); }
 
  private:
   int value_;
@@ -43,7 +44,8 @@ class Descriptor {
 }
 
 int open_for_reading(const fs::path& path) {
-  const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  // NONBLOCK: a named pipe without a writer is refused by size_of_regular(), not waited for.
+  const int descriptor = ::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);
   if (descriptor < 0) fail(ErrorKind::kData, path.string(), ": cannot be read: ", std::strerror(errno));
   return descriptor;
 }
@@ -220,20 +222,21 @@ void MappedFile::release(std::size_t begin, std::size_t end) const {
 
 FolderLock::FolderLock(const fs::path& folder) {
   const fs::path path = folder / ".lock";
-  descriptor_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
-  if (descriptor_ < 0) fail(ErrorKind::kUsage, path.string(), ": cannot be created: ", std::strerror(errno), Remedy{"choose an output folder that can be written"});
-  if (::flock(descriptor_, LOCK_EX | LOCK_NB) != 0) {
+  Descriptor file(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644));
+  if (file.get() < 0) fail(ErrorKind::kUsage, path.string(), ": cannot be created: ", std::strerror(errno), Remedy{"choose an output folder that can be written"});
+  if (::flock(file.get(), LOCK_EX | LOCK_NB) != 0) {
+    if (errno != EWOULDBLOCK) fail(ErrorKind::kResource, path.string(), ": cannot be locked: ", std::strerror(errno), Remedy{"choose an output folder on a disk that has locks"});
     std::array<char, 256> owner{};
-    const ssize_t got = ::pread(descriptor_, owner.data(), owner.size() - 1, 0);
-    ::close(std::exchange(descriptor_, -1));
+    const ssize_t got = ::pread(file.get(), owner.data(), owner.size() - 1, 0);
     fail(ErrorKind::kUsage, folder.string(), ": another process is using this folder (", got > 0 ? owner.data() : "owner unknown", ")",
          Remedy{"wait for it to end, or choose another folder"});
   }
   std::array<char, 128> host{};
   ::gethostname(host.data(), host.size() - 1);
   const std::string owner = std::string("host ") + host.data() + ", process " + std::to_string(::getpid()) + ", since " + std::to_string(std::time(nullptr));
-  if (::ftruncate(descriptor_, 0) != 0 || ::pwrite(descriptor_, owner.data(), owner.size(), 0) != static_cast<ssize_t>(owner.size()))
-    fail(ErrorKind::kResource, path.string(), ": cannot be written: ", std::strerror(errno));
+  if (::ftruncate(file.get(), 0) != 0 || ::pwrite(file.get(), owner.data(), owner.size(), 0) != static_cast<ssize_t>(owner.size()))
+    fail_writing(path, "cannot be written", errno);
+  descriptor_ = file.release();
 }
 
 FolderLock::~FolderLock() {

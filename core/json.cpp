@@ -73,8 +73,10 @@ class StrictHandler : public nlohmann::json_sax<Json> {
 
 std::string shortened(const Json& value) {
   std::string text = to_line(value);
-  if (text.size() > 80) text = text.substr(0, 77) + "...";
-  return text;
+  if (text.size() <= 80) return text;
+  std::size_t end = 77;
+  while ((static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) --end;  // not within a character
+  return text.substr(0, end) + "...";
 }
 
 template <class T>

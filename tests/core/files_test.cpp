@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -85,6 +86,8 @@ TEST(ReadFile, ChecksKindAndSizeFirst) {
   EXPECT_TRUE(fails_with(ErrorKind::kData, "cannot be read", [&] { read_file(folder / "absent"); }));
   EXPECT_TRUE(fails_with(ErrorKind::kData, "not a regular file", [&] { read_file(folder.path()); }));
   EXPECT_TRUE(fails_with(ErrorKind::kData, "not a regular file", [&] { read_file("/dev/zero"); }));
+  ASSERT_EQ(::mkfifo((folder / "pipe").c_str(), 0600), 0);
+  EXPECT_TRUE(fails_with(ErrorKind::kData, "not a regular file", [&] { sha256_of_file(folder / "pipe"); }));
 }
 
 TEST(MappedFile, IsAPrivateCopyOnWriteView) {

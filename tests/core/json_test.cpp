@@ -77,6 +77,16 @@ TEST(Require, TypesAreExact) {
   EXPECT_TRUE(refuses("\"i\" must be true or false", [&] { require<bool>(json, "i", "x"); }));
   EXPECT_TRUE(refuses("\"i\" must be a string", [&] { require<std::string>(json, "i", "x"); }));
   EXPECT_TRUE(refuses("\"n\" must be a string, got null", [&] { require<std::string>(json, "n", "x"); }));
+  Json letters;
+  for (const std::string text : {std::string(50, 'x') + "\xc3\xa9", std::string(75, 'x') + "\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9", std::string(74, 'x') + "\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9"}) {
+    letters["long"] = text;
+    try {
+      require<bool>(letters, "long", "x");
+      ADD_FAILURE();
+    } catch (const Error& error) {
+      EXPECT_NO_THROW((void)Json(error.what()).dump()) << "cut within a character: " << error.what();
+    }
+  }
   EXPECT_TRUE(refuses("expected a JSON object", [&] { require<bool>(Json::array(), "a", "x"); }));
 }
 
