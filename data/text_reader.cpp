@@ -65,29 +65,27 @@ std::optional<FileKind> file_kind(const fs::path& path) {
 
 std::vector<fs::path> find_text_files(const std::vector<std::string>& paths) {
   std::vector<fs::path> files;
+  std::set<fs::path> seen;
   const auto add = [&](const fs::path& file) {
-    if (std::find(files.begin(), files.end(), file) == files.end()) files.push_back(file);
+    if (seen.insert(file.lexically_normal()).second) files.push_back(file);
   };
+  const Remedy endings{"use .txt, .md, .jsonl (each also with .gz or .zst behind) or .parquet"};
   for (const std::string& path : paths) {
     const bool exists = fs::exists(path);
     const std::vector<fs::path> named = exists ? std::vector<fs::path>{path} : matches(path);
     if (named.empty())
       fail(ErrorKind::kUsage, path, ": no such file or folder, and no file fits it as a pattern", Remedy{"check the path; patterns know *, ? and [a-z]"});
-    std::size_t before = files.size();
     for (const fs::path& name : named) {
       if (fs::is_directory(name)) {
         std::set<fs::path> below;
         add_folder(name, below);
+        if (below.empty()) fail(ErrorKind::kUsage, name.string(), ": no file of a known ending in this folder", endings);
         for (const fs::path& file : below) add(file);
         continue;
       }
-      if (!file_kind(name))
-        fail(ErrorKind::kData, name.string(), ": a file of unknown ending",
-             Remedy{"use .txt, .md, .jsonl (each also with .gz or .zst behind) or .parquet"});
+      if (!file_kind(name)) fail(ErrorKind::kData, name.string(), ": a file of unknown ending", endings);
       add(name);
     }
-    if (files.size() == before && fs::is_directory(path))
-      fail(ErrorKind::kUsage, path, ": no file of a known ending in this folder", Remedy{"use .txt, .md, .jsonl (each also with .gz or .zst behind) or .parquet"});
   }
   return files;
 }
@@ -136,7 +134,8 @@ ByteReader::ByteReader(const fs::path& path) : state_(std::make_unique<State>())
   if (starts_with("\x1f\x8b")) {
     if (inflateInit2(&state.gzip, 15 + 16) != Z_OK) fail(ErrorKind::kResource, "zlib cannot begin: out of memory");
     state.archive = State::Archive::kGzip;
-  } else if (starts_with("\x28\xb5\x2f\xfd")) {
+  } else if (starts_with("\x28\xb5\x2f\xfd") || (state.end >= 4 && (state.block[0] & 0xF0) == 0x50 && std::memcmp(&state.block[1], "\x2a\x4d\x18", 3) == 0)) {
+    // The second form is a skippable frame (RFC 8878, 3.1.2), with which pzstd begins its files.
     state.zstd = ZSTD_createDStream();
     // A frame may ask for a window of 2 GB of memory; 128 MiB is what zstd itself allows unless told otherwise.
     ZSTD_DCtx_setParameter(state.zstd, ZSTD_d_windowLogMax, 27);
@@ -210,7 +209,7 @@ bool LineReader::next(std::string& line) {
       line.assign(buffer_, begin_, stop - begin_);
       begin_ = found == std::string::npos ? stop : stop + 1;
       ++line_number_;
-      if (line.ends_with('\r')) line.pop_back();
+      if (found != std::string::npos && line.ends_with('\r')) line.pop_back();
       if (line_number_ == 1 && line.starts_with("\xef\xbb\xbf")) line.erase(0, 3);
       return true;
     }
@@ -288,6 +287,8 @@ std::optional<Record> RecordReader::State::next_json() {
     if (!line) return std::nullopt;
     record.text = std::move(*line);
     record.line = ++row;
+    if (record.text.size() > kMaxRecordBytes)
+      fail(ErrorKind::kData, path.string(), ": row ", row, ": more than ", kMaxRecordBytes >> 20, " MiB", Remedy{"cut the record into smaller ones"});
     return record;
   }
   while (lines->next(record.text)) {

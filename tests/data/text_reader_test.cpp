@@ -63,7 +63,10 @@ TEST(TextReader, ReadsJsonLinesBareAndCompressed) {
   write(scratch / "a.jsonl", text);
   write(scratch / "b.jsonl.gz", gzipped(half) + gzipped(rest));      // two members
   write(scratch / "c.jsonl.zst", zstandard(half) + zstandard(rest));  // two frames
-  for (const char* name : {"a.jsonl", "b.jsonl.gz", "c.jsonl.zst"}) {
+  // What pzstd writes: each frame behind a skippable one, which holds the frame's size.
+  const std::string skippable("\x50\x2a\x4d\x18\x04\x00\x00\x00size", 12);
+  write(scratch / "d.jsonl.zst", skippable + zstandard(half) + skippable + zstandard(rest));
+  for (const char* name : {"a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.jsonl.zst"}) {
     const auto records = records_of(scratch / name);
     ASSERT_EQ(records.size(), 60000u) << name;
     for (std::size_t i = 0; i < records.size(); ++i) {
@@ -99,6 +102,8 @@ TEST(TextReader, DropsByteOrderMarksAndCarriageReturns) {
   ASSERT_EQ(records.size(), 2u);
   EXPECT_EQ(records[0].text, "{\"text\": 1}");
   EXPECT_EQ(records[1].line, 4u);
+  write(scratch / "d.txt", "a lone one at the end\r");
+  EXPECT_EQ(records_of(scratch / "d.txt").at(0).text, "a lone one at the end\r\n");
   write(scratch / "c.txt", "");
   EXPECT_TRUE(records_of(scratch / "c.txt").empty());
 }
@@ -157,7 +162,8 @@ TEST(TextReader, FindsFilesFoldersAndGlobs) {
     return all;
   };
   EXPECT_EQ(names({root + "/x"}), "x/a.md x/b.txt x/deep/c.jsonl.gz ");
-  EXPECT_EQ(names({root + "/y?.txt", root + "/x/b.txt", root + "/y1.txt"}), "y1.txt y2.txt x/b.txt ");
+  EXPECT_EQ(names({root + "/y?.txt", root + "/x/b.txt", root + "/./y1.txt"}), "y1.txt y2.txt x/b.txt ");
+  EXPECT_EQ(names({root + "/x", root + "/x/deep"}), "x/a.md x/b.txt x/deep/c.jsonl.gz ");
   EXPECT_TRUE(fails_with(ErrorKind::kUsage, "no such file", [&] { find_text_files({root + "/z*"}); }));
   EXPECT_TRUE(fails_with(ErrorKind::kData, "unknown ending", [&] { find_text_files({root + "/x/image.png"}); }));
   EXPECT_TRUE(fails_with(ErrorKind::kUsage, "no file of a known ending", [&] {
