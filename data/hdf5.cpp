@@ -19,9 +19,10 @@ constexpr unsigned kDeflateLevel = 1;
 
 constexpr std::array<H5Z_filter_t, 3> kFilters = {H5Z_FILTER_SHUFFLE, H5Z_FILTER_DEFLATE, H5Z_FILTER_FLETCHER32};
 
-// HDF5 prints its error stack and loads filters from a folder of plug-ins unless it is told not to.
+// HDF5 prints its error stack and loads filters from a folder of plug-ins unless it is told not to. Where the library is
+// built for threads, as Debian's is, each thread has an error stack of its own and must be told.
 void quieten() {
-  static const bool done = [] {
+  static thread_local const bool done = [] {
     H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);
     H5PLset_loading_state(0);
     return true;
@@ -174,6 +175,7 @@ Hdf5Handle open_column(hid_t file, const std::filesystem::path& path, const std:
 }
 
 void read_column(hid_t column, const std::filesystem::path& path, const std::string& name, std::uint64_t begin, std::uint64_t count, void* into) {
+  quieten();  // the file may have been opened by another thread
   const std::string what = path.string() + ": \"" + name + "\" " + std::to_string(begin) + " to " + std::to_string(begin + count) + " cannot be read: the shard is damaged";
   const Hdf5Handle type(H5Dget_type(column), H5Tclose, what);
   const Hdf5Handle space(H5Dget_space(column), H5Sclose, what);
