@@ -15,9 +15,9 @@ namespace {
 constexpr std::uint64_t kLongestKey = 65535;          // the format's own limit
 constexpr std::uint64_t kLongestTensorName = 64;      // the format's own limit
 constexpr std::uint32_t kHighestRank = 4;             // the format's own limit
-constexpr std::uint64_t kMostArrayElements = 4 << 20;  // of all arrays together; the largest vocabularies have 262,144 tokens
-constexpr std::uint64_t kMostTensors = 1 << 20;
-constexpr std::uint64_t kMostKeys = 1 << 16;
+constexpr std::uint64_t kMostArrayBytes = 64 << 20;    // in memory, of all arrays together, besides the size of the file
+constexpr std::uint64_t kMostTensors = 1 << 16;        // the largest models have a few thousand
+constexpr std::uint64_t kMostKeys = 1 << 14;           // and a few hundred keys
 constexpr std::uint64_t kLargestAlignment = 1 << 20;
 constexpr std::uint64_t kDefaultAlignment = 32;
 
@@ -123,8 +123,11 @@ class Reader {
     const std::uint64_t size = smallest_size(type);
     if (size == 0) fail(ErrorKind::kData, source_, ": ", key, " is an array of the value type ", type, ", which arrays may not hold here");
     if (count > remaining() / size) fail_short(key);
-    num_elements_ += count;
-    if (num_elements_ > kMostArrayElements) fail(ErrorKind::kData, source_, ": ", key, " has ", count, " elements; all arrays together may have ", kMostArrayElements);
+    // A string takes its object and the allocator's rounding besides its bytes, which count with the file.
+    constexpr std::uint64_t kStringBytes = sizeof(Json) + sizeof(std::string) + 16;
+    array_bytes_ += count * (type == kString ? kStringBytes : sizeof(Json));
+    if (array_bytes_ > kMostArrayBytes + file_.size())
+      fail(ErrorKind::kData, source_, ": ", key, " has ", count, " elements; all arrays together would take more than the ", (kMostArrayBytes + file_.size()) >> 20, " MiB of memory they may");
     Json::array_t elements;
     elements.reserve(count);
     for (std::uint64_t i = 0; i < count; ++i) {
@@ -143,7 +146,7 @@ class Reader {
   std::string_view file_;
   std::string_view source_;
   std::uint64_t position_ = 0;
-  std::uint64_t num_elements_ = 0;
+  std::uint64_t array_bytes_ = 0;
 };
 
 GgufEntry read_entry(Reader& reader, std::uint64_t number, std::string_view source) {

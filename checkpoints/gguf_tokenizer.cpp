@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <optional>
 #include <string>
 #include <unordered_map>
@@ -19,6 +20,7 @@ namespace alambic::checkpoints {
 namespace {
 
 constexpr std::size_t kMostTokens = 1u << 24, kMostTokenBytes = 1u << 12;
+constexpr std::size_t kMostImpliedMergeBytes = 1u << 27;  // the half a million merges of Gemma take about 50 MB
 const std::string kBlank = "\u2581";  // SentencePiece's visible space
 
 enum TokenType { kUnknown = 2, kControl = 3, kUserDefined = 4, kByte = 6 };
@@ -84,6 +86,8 @@ Vocabulary read_vocabulary(const Json& metadata, std::string_view source) {
   };
   same_length("tokenizer.ggml.token_type", v.types.size());
   same_length("tokenizer.ggml.scores", v.scores.size());
+  for (std::size_t i = 0; i < v.scores.size(); ++i)  // merges are sorted by them, and NaN has no place in an order
+    if (!std::isfinite(v.scores[i])) fail(ErrorKind::kData, source, ": tokenizer.ggml.scores[", i, "] is not a finite number");
 
   const auto id = [&](const std::string& key) -> std::optional<std::int64_t> {
     const Json* value = find(metadata, key);
@@ -210,13 +214,14 @@ Json given_merges(const Vocabulary& v, const Ids& ids) {
 
 /// Merges that a scored vocabulary implies (transformers' generate_merges): every cut of every token into two tokens, best
 /// score first, then the longer left part, then the longer right one; ties in the order of the vocabulary and of ids.
-Json implied_merges(const std::vector<std::string>& tokens, const Ids& ids, const std::vector<double>& scores) {
+Json implied_merges(const std::vector<std::string>& tokens, const Ids& ids, const std::vector<double>& scores, std::string_view source) {
   struct Merge {
     double score;
     std::size_t left_length, right_length;  // in characters
     std::string left, right;
   };
   std::vector<Merge> merges;
+  std::size_t num_bytes = 0;
   for (std::size_t id = 0; id < tokens.size(); ++id) {
     const std::string& token = tokens[id];
     if (ids.at(token) != id) continue;
@@ -224,7 +229,11 @@ Json implied_merges(const std::vector<std::string>& tokens, const Ids& ids, cons
     const std::size_t length = starts.size() - 1, first = merges.size();
     for (std::size_t cut = 1; cut < length; ++cut) {
       std::string left = token.substr(0, starts[cut]), right = token.substr(starts[cut]);
-      if (ids.contains(left) && ids.contains(right)) merges.push_back({scores[id], cut, length - cut, std::move(left), std::move(right)});
+      if (!ids.contains(left) || !ids.contains(right)) continue;
+      num_bytes += sizeof(Merge) + token.size();  // grows with the square of a token's length
+      if (num_bytes > kMostImpliedMergeBytes)
+        fail(ErrorKind::kData, source, ": the tokens can be put together in so many ways that their merges would take more than ", kMostImpliedMergeBytes >> 20, " MiB");
+      merges.push_back({scores[id], cut, length - cut, std::move(left), std::move(right)});
     }
     std::sort(merges.begin() + static_cast<std::ptrdiff_t>(first), merges.end(), [&](const Merge& a, const Merge& b) {
       return std::pair(ids.at(a.left), ids.at(a.right)) < std::pair(ids.at(b.left), ids.at(b.right));
@@ -393,7 +402,7 @@ Json sentencepiece_bpe(const Vocabulary& v) {
   const Ids ids = ids_of(spelled);
   if (v.merges.empty() && scores.empty())
     fail(ErrorKind::kData, v.source, ": neither tokenizer.ggml.merges nor tokenizer.ggml.scores is there; a \"llama\" tokenizer needs one");
-  Json model = bpe_json(vocabulary_json(spelled, ids), v.merges.empty() ? implied_merges(spelled, ids, scores) : given_merges(v, ids));
+  Json model = bpe_json(vocabulary_json(spelled, ids), v.merges.empty() ? implied_merges(spelled, ids, scores, v.source) : given_merges(v, ids));
   model["fuse_unk"] = true;
   model["byte_fallback"] = true;
   Json normalizer, pre_tokenizer;

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cstdlib>
+#include <limits>
 
 #include "checkpoints/gguf.h"
 #include "core/files.h"
@@ -111,6 +112,16 @@ TEST(GgufTokenizerDamage, IsRefusedByName) {
   EXPECT_TRUE(refuses("tokenizer.ggml.add_bos_token", [](Json& m) { m["tokenizer.ggml.add_bos_token"] = 3; }));
   EXPECT_TRUE(refuses("neither tokenizer.ggml.merges nor tokenizer.ggml.scores", [](Json& m) { m.erase("tokenizer.ggml.scores"); }, "sentencepiece bpe"));
   EXPECT_TRUE(refuses("tokenizer.ggml.scores[1] is string", [](Json& m) { m["tokenizer.ggml.scores"][1] = "x"; }, "sentencepiece bpe"));
+  for (const double score : {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()})
+    EXPECT_TRUE(refuses("tokenizer.ggml.scores[1] is not a finite number", [&](Json& m) { m["tokenizer.ggml.scores"][1] = score; }, "sentencepiece bpe"));
+  EXPECT_TRUE(refuses("their merges would take more than 128 MiB", [](Json& m) {
+    for (const char* key : {"tokens", "scores"}) m[std::string("tokenizer.ggml.") + key] = Json::array();
+    m.erase("tokenizer.ggml.token_type");
+    for (std::size_t length = 1; length <= 1200; ++length) {  // each token is any two that are shorter
+      m["tokenizer.ggml.tokens"].push_back(std::string(length, 'a'));
+      m["tokenizer.ggml.scores"].push_back(0);
+    }
+  }, "sentencepiece bpe"));
   EXPECT_TRUE(refuses("not an array of bytes", [](Json& m) { m["tokenizer.ggml.precompiled_charsmap"] = {300}; }, "sentencepiece bpe"));
   EXPECT_TRUE(fails_with(ErrorKind::kData, "no metadata", [] { (void)tokenizer_json_from_gguf(nullptr, "x.gguf"); }));
 }
