@@ -11,11 +11,13 @@ namespace alambic {
 namespace {
 
 constexpr std::size_t kDeepestNesting = 200;
+// What is written in three bytes ("[],") is held in fifty; so a document may take this much and twice its text.
+constexpr std::size_t kFreeBytes = 64 << 20;
 
 // Builds the document and refuses what nlohmann's own DOM parser lets pass: a key given twice, and bottomless nesting.
 class StrictHandler : public nlohmann::json_sax<Json> {
  public:
-  explicit StrictHandler(std::string_view source) : source_(source) {}
+  StrictHandler(std::string_view source, std::size_t text_bytes) : source_(source), most_bytes_(kFreeBytes + 2 * text_bytes) {}
   Json take() { return std::move(root_); }
 
   bool null() override { return add(Json(nullptr)); }
@@ -23,7 +25,10 @@ class StrictHandler : public nlohmann::json_sax<Json> {
   bool number_integer(number_integer_t value) override { return add(Json(value)); }
   bool number_unsigned(number_unsigned_t value) override { return add(Json(value)); }
   bool number_float(number_float_t value, const string_t&) override { return add(Json(value)); }
-  bool string(string_t& value) override { return add(Json(std::move(value))); }
+  bool string(string_t& value) override {
+    hold(sizeof(string_t) + value.size());
+    return add(Json(std::move(value)));
+  }
   bool binary(binary_t&) override { return false; }
   bool start_object(std::size_t) override { return open(Json::object()); }
   bool start_array(std::size_t) override { return open(Json::array()); }
@@ -31,6 +36,9 @@ class StrictHandler : public nlohmann::json_sax<Json> {
   bool end_array() override { return close(); }
   bool key(string_t& name) override {
     if (!levels_.back().keys.insert(name).second) fail(ErrorKind::kData, source_, ": the key \"", name, "\" is given twice in one object");
+    hold(2 * sizeof(Json::object_t::value_type) + name.size());
+    levels_.back().keys_bytes += kKeyBytes + name.size();
+    hold(kKeyBytes + name.size());
     levels_.back().key = std::move(name);
     return true;
   }
@@ -45,9 +53,18 @@ class StrictHandler : public nlohmann::json_sax<Json> {
     Json value;
     std::string key;             // of the member being read, if value is an object
     std::set<std::string> keys;  // all seen so far
+    std::size_t keys_bytes = 0;
   };
 
+  static constexpr std::size_t kKeyBytes = sizeof(std::string) + 4 * sizeof(void*);  // a node of the set
+
+  // An estimate from above: vectors that grow hold up to twice their elements.
+  void hold(std::size_t num_bytes) {
+    held_bytes_ += num_bytes;
+    if (held_bytes_ > most_bytes_) fail(ErrorKind::kData, source_, ": JSON of so many small values that it would take more than ", most_bytes_ >> 20, " MiB of memory");
+  }
   bool add(Json value) {
+    hold(2 * sizeof(Json));
     if (levels_.empty()) root_ = std::move(value);
     else if (levels_.back().value.is_array()) levels_.back().value.push_back(std::move(value));
     // push_back on ordered_json's underlying vector: the key is known to be new, so no linear search for it.
@@ -56,17 +73,20 @@ class StrictHandler : public nlohmann::json_sax<Json> {
   }
   bool open(Json value) {
     if (levels_.size() >= kDeepestNesting) fail(ErrorKind::kData, source_, ": JSON nested deeper than ", kDeepestNesting, " levels");
-    levels_.push_back({std::move(value), {}, {}});
+    hold(sizeof(Json::object_t) + 2 * sizeof(void*));
+    levels_.push_back({.value = std::move(value), .key = {}, .keys = {}});
     return true;
   }
   bool close() {
     Json done = std::move(levels_.back().value);
+    held_bytes_ -= levels_.back().keys_bytes;
     levels_.pop_back();
     return add(std::move(done));
   }
 
   using Container = Json::object_t::Container;
   std::string source_;
+  std::size_t most_bytes_, held_bytes_ = 0;
   Json root_;
   std::vector<Level> levels_;
 };
@@ -103,7 +123,7 @@ bool holds(const Json& value) {
 }  // namespace
 
 Json parse_json(std::string_view text, std::string_view source) {
-  StrictHandler handler(source);
+  StrictHandler handler(source, text.size());
   Json::sax_parse(text, &handler);  // false only where the handler has thrown already
   return handler.take();
 }

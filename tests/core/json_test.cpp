@@ -51,6 +51,18 @@ TEST(Json, ManyKeysAreReadInLinearTime) {
   EXPECT_EQ(parse_json(text + "}", "x").size(), 200000u);
 }
 
+TEST(Json, ManySmallValuesAreRefusedBeforeTheyFillTheMemory) {
+  const auto many = [](const std::string& piece, std::size_t count) {
+    std::string text = "[";
+    for (std::size_t i = 0; i < count; ++i) text += (i ? "," : "") + piece;
+    return text + "]";
+  };
+  for (const char* piece : {"0", "[]", "{}", "\"\"", "{\"\":0}"})
+    EXPECT_TRUE(fails_with(ErrorKind::kData, "x: JSON of so many small values", [&] { parse_json(many(piece, 3'000'000), "x"); })) << piece;
+  EXPECT_EQ(parse_json(many("0", 2'000'000), "x").size(), 2'000'000u);
+  EXPECT_EQ(parse_json(many("\"" + std::string(1000, 'a') + "\"", 20'000), "x").size(), 20'000u);  // 20 MB in large values
+}
+
 TEST(Json, FilesAreReadUpToALimit) {
   const ScratchFolder folder;
   write_file(folder / "a.json", R"({"a": [1, 2]})");
