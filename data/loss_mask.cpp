@@ -18,9 +18,32 @@ Json first_messages(const Json& messages, std::size_t count) {
 
 // Length of the rendering of the first messages if it is a beginning of `whole`.
 std::optional<std::size_t> prefix_length(const ChatTemplate& chat, const Example& example, std::size_t count, bool add_generation_prompt, const std::string& whole) {
-  if (count == 0) return 0;
   const std::string text = chat.render(first_messages(example.messages, count), example.tools, add_generation_prompt).text;
   return whole.starts_with(text) ? std::optional(text.size()) : std::nullopt;
+}
+
+// The message with a letter before its content that is not the one the content begins with. Content in parts: before the
+// first part with text; a message without content: the letter alone.
+Json with_letter_before(Json message) {
+  Json* content = &message["content"];
+  if (content->is_array())
+    for (Json& part : *content)
+      if (part.is_object() && part.contains("text") && part["text"].is_string()) {
+        content = &part["text"];
+        break;
+      }
+  const std::string text = content->is_string() ? content->get<std::string>() : "";
+  const std::size_t first = text.find_first_not_of(" \t\r\n");
+  *content = (first != std::string::npos && text[first] == 'a' ? "b" : "a") + text;
+  return message;
+}
+
+// Where the content of message `index` begins in `text`, the rendering of the messages up to it.
+std::size_t content_begin(const ChatTemplate& chat, const Example& example, std::size_t index, std::string_view text) {
+  Json messages = first_messages(example.messages, index);
+  messages.push_back(with_letter_before(example.messages[index]));
+  const std::string changed = chat.render(messages, example.tools, false).text;
+  return static_cast<std::size_t>(std::mismatch(text.begin(), text.end(), changed.begin(), changed.end()).first - text.begin());
 }
 
 // "<s>" in tokenizer_config.json, as text or as {"content": ...}; nullopt where the file, key or value is missing.
@@ -76,13 +99,18 @@ RenderedExample render_example(const Example& example, const ChatTemplate& chat,
   const std::size_t count = example.messages.size();
 
   if (with_roles) {
+    bool told_apart = true;  // the message before
     for (std::size_t i = 0; i < count; ++i) {
-      std::size_t end = 0;
+      std::size_t begin = 0, end = 0;
       try {
         end = i + 1 == count ? rendered.text.size() : prefix_length(chat, example, i + 1, false, rendered.text).value_or(0);
+        if (end > 0 && told_apart) begin = content_begin(chat, example, i, std::string_view(rendered.text).substr(0, end));
       } catch (const Error&) {  // many templates refuse a conversation of the system's message alone: it then counts with the next
       }
-      if (end > (rendered.roles.empty() ? 0 : rendered.roles.back().second)) rendered.roles.emplace_back(example.messages[i].at("role").get<std::string>(), end);
+      const std::size_t last = rendered.roles.empty() ? 0 : rendered.roles.back().second;
+      if (begin > last) rendered.roles.emplace_back("template", begin);
+      if (end > std::max(begin, last)) rendered.roles.emplace_back(example.messages[i].at("role").get<std::string>(), end);
+      told_apart = end > 0;
     }
   }
 
@@ -98,8 +126,9 @@ RenderedExample render_example(const Example& example, const ChatTemplate& chat,
     if (!train_on.contains(role)) continue;
     std::optional<std::size_t> begin, end;
     try {
-      begin = prefix_length(chat, example, i, role == "assistant", rendered.text);
       end = i + 1 == count ? rendered.text.size() : prefix_length(chat, example, i + 1, false, rendered.text);
+      if (i > 0 && role == "assistant") begin = prefix_length(chat, example, i, true, rendered.text);
+      else if (end) begin = content_begin(chat, example, i, std::string_view(rendered.text).substr(0, *end));
     } catch (const Error& error) {
       if (error.kind() != ErrorKind::kData) throw;
       throw Error(error.kind(), where + ": message " + std::to_string(i + 1) + ": " + error.what(), error.remedy());

@@ -24,13 +24,20 @@ struct RenderedExample {
   std::string text;
   std::vector<ByteSpan> trained;
   bool from_template = false;  // the template's own {% generation %} blocks, taken as they are
-  std::vector<std::pair<std::string, std::size_t>> roles;  // role and end of each message that could be told apart
+  /// Role and end, in order, covering the text. A message's own are its content and end marker; "template" is what the
+  /// template writes before the content: headers, and before the first message perhaps a system prompt of its own.
+  std::vector<std::pair<std::string, std::size_t>> roles;
 };
 
-/// Where a template has {% generation %} blocks and train_on is {"assistant"}, they are the trained spans. Elsewhere the
-/// conversation is rendered again up to each message of a trained role, and up to its end; both must be beginnings of the
-/// whole text, else Error(kData): the template rewrites earlier turns and says nothing of what it generates.
-/// with_roles: also find where every message ends (a rendering each), for the audit.
+/// Where a template has {% generation %} blocks and train_on is {"assistant"}, they are the trained spans. Elsewhere:
+///   - An answer is trained from behind the generation prompt to its end marker, as the model will generate it.
+///   - A message of another role is trained from the first byte of its content to its end marker. The header ("user\n")
+///     is never trained, nor is what the template inserts before the first message (a system prompt of its own).
+///   - An answer that opens the conversation follows no prompt, so it counts from its content on, too.
+/// To find these places the conversation is rendered again up to the message and up to its end, which must be beginnings of
+/// the whole text, else Error(kData): the template rewrites earlier turns and says nothing of what it generates. Where
+/// content begins is where the text changes when a letter is put before it.
+/// with_roles: also find the places of every message (two renderings each), for the audit.
 RenderedExample render_example(const Example& example, const ChatTemplate& chat, const std::set<std::string>& train_on, bool with_roles, const std::string& where);
 
 struct EncodedExample {

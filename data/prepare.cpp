@@ -39,7 +39,7 @@ void PrepareConfig::visit(FieldVisitor& fields) {
   fields.field("output", output, {.help = "folder of the token store", .required = true});
   fields.list("sources", sources, {.help = "the texts", .required = true});
   fields.field("chat_template", chat_template, {.help = "Jinja file used instead of the model's chat template"});
-  fields.field("train_on", train_on, {.help = "roles of a conversation whose messages are trained"});
+  fields.field("train_on", train_on, {.help = "roles whose messages are trained: content and end marker, not the header"});
   fields.field("begin_token", begin_token, {.help = "of plain text: auto (as the tokenizer does), always, never", .choices = {"auto", "always", "never"}});
   fields.field("end_token", end_token, {.help = "end plain text and completions with the model's end-of-text token"});
   fields.field("document_bytes", document_bytes, {.help = "cut plain text at blank lines into documents of about this size; 0: never", .unit = "bytes", .low = 0, .high = 64 << 20});
@@ -473,10 +473,11 @@ PrepareReport prepare(const PrepareConfig& config) {
     document.source = item.source;
     text_bytes += outcome.encoded->text.size();
     if (!config.allow_none_trained && std::find(document.mask.begin(), document.mask.end(), 1) == document.mask.end()) {
-      ++report.untrained_documents;
+      ++report.this_run.untrained_documents;
       return;
     }
-    report.longest_document = std::max<std::uint64_t>(report.longest_document, document.ids.size());
+    ++report.this_run.documents;
+    report.this_run.longest_document = std::max<std::uint64_t>(report.this_run.longest_document, document.ids.size());
     (item.holdout ? *holdout : store).append(document, item.position);
   };
 
@@ -526,8 +527,9 @@ PrepareReport prepare(const PrepareConfig& config) {
     send();
     while (!results.empty()) collect();
   }
-  report.seconds = seconds_since(started);
-  report.megabytes_per_second = static_cast<double>(text_bytes) / 1e6 / std::max(report.seconds, 1e-9);
+  PrepareRun& run = report.this_run;
+  run.seconds = seconds_since(started);
+  run.megabytes_per_second = static_cast<double>(text_bytes) / 1e6 / std::max(run.seconds, 1e-9);
   if (!rejects.empty()) {
     report.rejects = with_suffix(config.output, part.count > 1 ? "-rejects-" + std::to_string(part.index) + ".jsonl" : "-rejects.jsonl");
     write_file(report.rejects, rejects);
@@ -579,12 +581,14 @@ Json to_json(const PrepareReport& report) {
   json["records"] = report.records;
   json["rejected_records"] = report.rejected_records;
   json["rejects"] = report.rejects.string();
-  json["untrained_documents"] = report.untrained_documents;
-  json["longest_document"] = report.longest_document;
   json["tokens_per_word"] = report.tokens_per_word();
   json["bytes_per_token"] = report.bytes_per_token();
-  json["seconds"] = report.seconds;
-  json["megabytes_per_second"] = report.megabytes_per_second;
+  json["this_run"] = Json::object();
+  json["this_run"]["documents"] = report.this_run.documents;
+  json["this_run"]["untrained_documents"] = report.this_run.untrained_documents;
+  json["this_run"]["longest_document"] = report.this_run.longest_document;
+  json["this_run"]["seconds"] = report.this_run.seconds;
+  json["this_run"]["megabytes_per_second"] = report.this_run.megabytes_per_second;
   return json;
 }
 
@@ -607,16 +611,19 @@ std::string describe(const PrepareReport& report) {
     }
     text << "\n  trained in the first " << source.audited_documents << " documents:\n";
     for (const auto& [name, share] : source.roles)
-      text << "    " << name << ": " << share.trained_tokens << " of " << share.tokens << " tokens (" << percent(share.trained_tokens, share.tokens) << " %)\n";
+      text << "    " << name << (name == "template" ? " (headers and inserted text)" : "") << ": " << share.trained_tokens << " of " << share.tokens << " tokens (" << percent(share.trained_tokens, share.tokens) << " %)\n";
     text << "  stop token included: " << (source.stop_token_included ? "yes" : "no") << '\n';
   }
   const StoreTotals& totals = report.totals;
   text << totals.documents << " documents, " << totals.tokens << " tokens, " << totals.trained_tokens << " of them trained (" << percent(totals.trained_tokens, totals.tokens) << " %)\n"
        << "fertility: " << report.tokens_per_word() << " tokens a word, " << report.bytes_per_token() << " bytes a trained token\n";
   if (report.holdout.documents > 0) text << "held out: " << report.holdout.documents << " documents, " << report.holdout.tokens << " tokens\n";
-  if (report.untrained_documents > 0) text << "left out, since nothing in them would be trained: " << report.untrained_documents << " documents\n";
   if (report.rejected_records > 0) text << "bad records set aside: " << report.rejected_records << " of " << report.records << ", listed in " << report.rejects.string() << '\n';
-  if (report.seconds > 0) text << "longest document " << report.longest_document << " tokens; " << report.megabytes_per_second << " MB/s\n";
+  const PrepareRun& run = report.this_run;
+  if (run.seconds > 0) {
+    text << "this run: " << run.documents << " documents written, the longest of " << run.longest_document << " tokens; " << run.megabytes_per_second << " MB/s\n";
+    if (run.untrained_documents > 0) text << "this run left out, since nothing in them would be trained: " << run.untrained_documents << " documents\n";
+  }
   return text.str();
 }
 

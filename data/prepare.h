@@ -30,7 +30,7 @@ struct PrepareConfig {
   std::filesystem::path output;         // folder of the store; made, or gone on with
   std::vector<SourceConfig> sources;
   std::filesystem::path chat_template;  // a Jinja file used instead of the model's; empty: the model's
-  std::vector<std::string> train_on = {"assistant"};  // roles whose messages are predicted, the stop token included
+  std::vector<std::string> train_on = {"assistant"};  // roles whose messages are predicted: content and stop token, not the header
   std::string begin_token = "auto";     // of plain text: auto (as the tokenizer does) | always | never
   bool end_token = true;                // a document of plain text, and a completion, ends with the model's EOS
   std::uint64_t document_bytes = 0;     // plain text is cut into documents of about so many bytes at blank lines; 0: a file is one
@@ -61,21 +61,28 @@ struct SourceReport {
   std::vector<std::string> files;                // in reading order
   std::vector<std::string> ignored_columns;      // never used; named once
   std::vector<SamplePiece> sample;               // the first document
-  std::map<std::string, RoleShare> roles;        // "text", "prompt", "completion", or the roles of the conversation
+  std::map<std::string, RoleShare> roles;        // "text", "prompt", "completion", or the roles of the conversation and "template" (see RenderedExample)
   std::uint64_t audited_documents = 0;
   bool stop_token_included = false;              // every trained answer of the audit ends with a stop token
   std::string stop_token;                        // as text
 };
 
+/// What this run did. After a kill that is the rest of the work only; nothing when the store was complete already.
+struct PrepareRun {
+  std::uint64_t documents = 0;             // written to the store and the hold-out store
+  std::uint64_t untrained_documents = 0;   // left out, since nothing in them would be trained
+  std::uint64_t longest_document = 0;      // tokens
+  double seconds = 0, megabytes_per_second = 0;  // of text tokenised (10^6 bytes of UTF-8)
+};
+
 struct PrepareReport {
   std::vector<SourceReport> sources;
-  StoreTotals totals, holdout;               // of this part's stores, documents of an earlier run included
-  std::uint64_t records = 0;                 // records of the inputs that belong to this part
+  // Of this part as a whole, earlier runs included. An earlier run's records are read again for their faults.
+  StoreTotals totals, holdout;
+  std::uint64_t records = 0;                 // of the inputs, both 0 when the store was complete already
   std::uint64_t rejected_records = 0;        // set aside under max_bad
-  std::uint64_t untrained_documents = 0;     // left out, since nothing in them would be trained
-  std::uint64_t longest_document = 0;        // tokens, of the documents tokenised now
   std::filesystem::path rejects;             // JSON lines {"file", "line", "reason"}; empty when there are none
-  double seconds = 0, megabytes_per_second = 0;  // of text tokenised now (10^6 bytes of UTF-8)
+  PrepareRun this_run;
   double tokens_per_word() const;
   double bytes_per_token() const;
 };

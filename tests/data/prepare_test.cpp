@@ -1,12 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "data/prepare.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
+#include <spawn.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <csignal>
+#include <cstdlib>
 #include <fstream>
+#include <iostream>
+#include <system_error>
 
 #include "core/files.h"
 #include "data/loss_mask.h"
@@ -56,6 +61,42 @@ void expect_documents(const std::filesystem::path& store_folder, const Json& exp
 
 std::string chat_line(int number, const std::string& answer = "jawaban") {
   return R"({"messages": [{"role": "user", "content": "soal )" + std::to_string(number) + R"("}, {"role": "assistant", "content": ")" + answer + " " + std::to_string(number) + "\"}]}\n";
+}
+
+// A process of its own that prepares. It may not be a forked child, since the text bridge has started threads by then: this
+// program is started again and, before its first test, prepares what the variable names. An alarm ends it if it hangs.
+constexpr const char* kConfigVariable = "ALAMBIC_TEST_PREPARE";
+
+class PrepareProcess : public ::testing::Environment {
+  void SetUp() override {
+    const char* config = std::getenv(kConfigVariable);
+    if (!config) return;
+    ::alarm(60);
+    try {
+      prepare(read_config<PrepareConfig>(config));
+    } catch (const std::exception& error) {
+      std::cerr << error.what() << std::endl;
+      ::_exit(1);
+    }
+    ::_exit(0);
+  }
+};
+[[maybe_unused]] const auto* const kPrepareProcess = ::testing::AddGlobalTestEnvironment(new PrepareProcess);
+
+pid_t start_prepare(const PrepareConfig& config, const std::filesystem::path& file) {
+  write(file, resolved_config(config).dump());
+  std::string program = "data_tests", variable = kConfigVariable + ("=" + file.string());
+  std::vector<char*> arguments = {program.data(), nullptr}, variables;
+  for (char** one = environ; *one; ++one) variables.push_back(*one);
+  variables.insert(variables.end(), {variable.data(), nullptr});
+  posix_spawn_file_actions_t actions;
+  posix_spawn_file_actions_init(&actions);
+  posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, "/dev/null", O_WRONLY, 0);  // gtest's first lines
+  pid_t process = 0;
+  const int problem = ::posix_spawn(&process, "/proc/self/exe", &actions, nullptr, arguments.data(), variables.data());
+  posix_spawn_file_actions_destroy(&actions);
+  if (problem != 0) throw std::system_error(problem, std::generic_category(), "posix_spawn");
+  return process;
 }
 
 TEST(Prepare, MasksConversationsAsTransformersDoes) {
@@ -148,56 +189,80 @@ TEST(Prepare, PartsCoverEveryDocumentOnce) {
   EXPECT_TRUE(whole == parts);
 }
 
-TEST(Prepare, GoesOnAfterAKillWithTheSameBytes) {
+TEST(Prepare, PartsByTwoProcessesAtOnce) {
   const ScratchFolder scratch;
   std::string lines;
-  for (int i = 0; i < 4000; ++i) lines += i % 100 == 7 ? std::string("{broken\n") : chat_line(i);
+  for (int i = 0; i < 400; ++i) lines += chat_line(i);
+  write(scratch / "a.jsonl", lines);
+  PrepareConfig config = config_of(scratch, scratch / "a.jsonl", "one_by_one");
+  config.tokens_per_shard = 1000;
+  for (const char* part : {"0/2", "1/2"}) {
+    config.shard = part;
+    prepare(config);
+  }
+  const auto wanted = contents(config.output);
+  ASSERT_GT(wanted.size(), 4u);
+  config.output = scratch / "at_once";
+  std::vector<pid_t> processes;
+  for (const char* part : {"0/2", "1/2"}) {
+    config.shard = part;
+    processes.push_back(start_prepare(config, scratch / ("config" + std::to_string(processes.size()))));
+  }
+  for (const pid_t process : processes) {
+    int status = 0;
+    ASSERT_EQ(::waitpid(process, &status, 0), process);
+    EXPECT_EQ(status, 0);
+  }
+  EXPECT_EQ(TokenStore(config.output).num_documents(), 400u);
+  EXPECT_TRUE(contents(config.output) == wanted);
+}
+
+TEST(Prepare, GoesOnAfterAKillWithTheSameBytes) {
+  constexpr std::size_t kKills = 3;
+  const ScratchFolder scratch;
+  std::string lines;
+  for (int i = 0; i < 1200; ++i) lines += i % 100 == 7 ? std::string("{broken\n") : chat_line(i);
   write(scratch / "a.jsonl", lines);
   PrepareConfig config = config_of(scratch, scratch / "a.jsonl", "whole");
-  config.tokens_per_shard = 5000;
+  config.tokens_per_shard = 2000;
   config.max_bad = 100;
   config.holdout_every = 9;
   config.holdout_output = scratch / "whole-holdout";
   const PrepareReport whole = prepare(config);
-  EXPECT_EQ(whole.rejected_records, 40u);
+  EXPECT_EQ(whole.rejected_records, 12u);
+  EXPECT_EQ(whole.this_run.documents, whole.totals.documents + whole.holdout.documents);
   const auto wanted = contents(config.output), wanted_holdout = contents(config.holdout_output);
-  ASSERT_GT(wanted.size(), 5u);
+  ASSERT_GT(wanted.size(), 2 * kKills);
   config.output = scratch / "killed";
   config.holdout_output = scratch / "killed-holdout";
+  const auto num_shards = [&] {
+    std::size_t count = 0;
+    std::error_code ignored;
+    for (const auto& entry : std::filesystem::directory_iterator(config.output, ignored)) count += entry.path().extension() == ".h5";
+    return count;
+  };
   std::size_t kills = 0;
-  for (std::size_t shards_before = 1; !std::filesystem::exists(config.output / "index.json") && kills < 100; ++shards_before) {
-    const pid_t child = ::fork();
-    if (child == 0) {
-      try {
-        prepare(config);
-      } catch (...) {
-        ::_exit(1);
-      }
-      ::_exit(0);
-    }
+  for (; kills < kKills; ++kills) {
+    const std::size_t shards_before = num_shards();
+    const pid_t process = start_prepare(config, scratch / "config");
     // Killed as soon as another shard is there: somewhere in the middle of the next.
     int status = 0;
-    const auto num_shards = [&] {
-      std::size_t count = 0;
-      std::error_code ignored;
-      for (const auto& entry : std::filesystem::directory_iterator(config.output, ignored)) count += entry.path().extension() == ".h5";
-      return count;
-    };
-    while (::waitpid(child, &status, WNOHANG) == 0) {
-      if (num_shards() <= shards_before) continue;
-      ::kill(child, SIGKILL);
-      ::waitpid(child, &status, 0);
-      ++kills;
-      shards_before = num_shards();
-      break;
+    while (::waitpid(process, &status, WNOHANG) == 0) {
+      if (num_shards() > shards_before) {
+        ::kill(process, SIGKILL);
+        ::waitpid(process, &status, 0);
+        break;
+      }
+      ::usleep(200);
     }
-    if (WIFEXITED(status)) {
-      ASSERT_EQ(WEXITSTATUS(status), 0);
-    }
+    ASSERT_TRUE(WIFSIGNALED(status) || WEXITSTATUS(status) == 0);
+    if (!WIFSIGNALED(status)) break;  // at its end before the signal came
+    ASSERT_EQ(WTERMSIG(status), SIGKILL);
   }
   EXPECT_GT(kills, 0u);
-  const PrepareReport again = prepare(config);  // complete by now, or goes on for the last time
+  const PrepareReport again = prepare(config);  // the rest
   EXPECT_EQ(again.totals.documents, whole.totals.documents);
+  EXPECT_LT(again.this_run.documents, whole.this_run.documents);
   EXPECT_TRUE(contents(config.output) == wanted);
   EXPECT_TRUE(contents(config.holdout_output) == wanted_holdout);
 }
@@ -325,14 +390,49 @@ TEST(LossMask, TheShortWayForTextIsTheLongWay) {
         }
 }
 
-TEST(LossMask, TrainsTheRolesAskedFor) {
-  const ExampleEncoder encoder(golden("model"), read_chat_template(golden("model")), {.train_on = {"user"}});
+std::string trained_text(const EncodedExample& encoded) {
+  std::string trained;
+  std::uint32_t from = 0;
+  for (std::size_t i = 0; i < encoded.end_byte.size(); ++i) {
+    if (encoded.document.mask[i]) trained += encoded.text.substr(from, encoded.end_byte[i] - from);
+    from = encoded.end_byte[i];
+  }
+  return trained;
+}
+
+TEST(LossMask, TrainsContentAndEndOfTheRolesAskedFor) {
+  // As SmolLM2 does: a conversation without a system message gets one from the template.
+  const ChatTemplate chat{
+      .source = "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBantu.<|im_end|>\n' }}{% endif %}"
+                "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+                "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+      .name = "smol.jinja",
+      .special_tokens = Json::object()};
+  using Roles = std::set<std::string>;
+  const auto trained = [&](const Roles& train_on, const std::string& messages) {
+    const ExampleEncoder encoder(golden("model"), chat, {.train_on = train_on});
+    Example example;
+    example.messages = parse_json(messages, "test");
+    const EncodedExample encoded = encoder.encode(example, true, true, "f:1");
+    EXPECT_EQ(encoded.document.num_bytes, trained_text(encoded).size());
+    EXPECT_TRUE(encoded.all_answers_stop);
+    EXPECT_EQ(encoded.roles.back().second, encoded.text.size());
+    return trained_text(encoded);
+  };
+  const std::string talk = R"([{"role": "user", "content": "user"}, {"role": "assistant", "content": "abc"}, {"role": "user", "content": "  awan"}])";
+  EXPECT_EQ(trained({"user"}, talk), "user<|im_end|>  awan<|im_end|>");
+  EXPECT_EQ(trained({"user", "assistant"}, talk), "user<|im_end|>abc<|im_end|>  awan<|im_end|>");
+  EXPECT_EQ(trained({"assistant"}, talk), "abc<|im_end|>");
+  EXPECT_EQ(trained({"assistant"}, R"([{"role": "assistant", "content": "Halo"}])"), "Halo<|im_end|>");
+  EXPECT_EQ(trained({"system"}, R"([{"role": "system", "content": "s"}, {"role": "user", "content": "q"}])"), "s<|im_end|>");
+
   Example example;
-  example.messages = parse_json(R"([{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}])", "test");
-  const EncodedExample encoded = encoder.encode(example, true, true, "f:1");
-  EXPECT_EQ(encoded.document.num_bytes, std::string("user\nq<|im_end|>").size());  // the first token has nothing before it
-  ASSERT_EQ(encoded.roles.size(), 2u);
-  EXPECT_EQ(encoded.roles[0].first, "user");
+  example.messages = parse_json(talk, "test");
+  const RenderedExample rendered = render_example(example, chat, {"user"}, true, "f:1");
+  const std::string inserted = "<|im_start|>system\nBantu.<|im_end|>\n<|im_start|>user\n";
+  ASSERT_EQ(rendered.roles.size(), 6u);
+  EXPECT_EQ(rendered.roles[0], (std::pair<std::string, std::size_t>("template", inserted.size())));
+  EXPECT_EQ(rendered.roles[1], (std::pair<std::string, std::size_t>("user", inserted.size() + std::string("user<|im_end|>\n").size())));
 }
 
 }  // namespace
