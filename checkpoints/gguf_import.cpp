@@ -108,8 +108,6 @@ const Architecture& find_architecture(const Metadata& metadata) {
   fail(ErrorKind::kData, metadata.source(), ": general.architecture \"", metadata.architecture(), "\" is not implemented; these are: ", known);
 }
 
-std::string name_of(at::ScalarType weights) { return weights == at::kFloat ? "float32" : weights == at::kHalf ? "float16" : "bfloat16"; }
-
 std::vector<double> values_of(const GgufFile& file, const char* name) {
   const at::Tensor tensor = file.tensor(name).to(at::kFloat).contiguous();
   const float* values = tensor.const_data_ptr<float>();
@@ -210,7 +208,7 @@ Json make_config(Metadata& metadata, const Architecture& architecture, const Ggu
               {"bos_token_id", id_of("bos_token_id")},
               {"eos_token_id", id_of("eos_token_id")},
               {"pad_token_id", id_of("padding_token_id")},
-              {"torch_dtype", name_of(weights)}};
+              {"torch_dtype", config_name_of(weights)}};
   if (head_size * num_heads != hidden || gemma || model_type == "qwen3") config["head_dim"] = head_size;
   const bool any_bias = file.contains("blk.0.attn_q.bias");
   if (parse_json(family.defaults, family.model_type).contains("attention_bias")) config["attention_bias"] = any_bias;
@@ -366,7 +364,7 @@ CardInfo make_card(const Metadata& metadata, const GgufFile& file, const fs::pat
     type_list += (type_list.empty() ? "" : ", ") + std::to_string(count) + " x " + type;
     quantised = quantised || type.starts_with("Q");
   }
-  card.summary = std::string("The weights of a GGUF file, ") + (quantised ? "de-quantised and " : "") + "written as a Hugging Face folder in " + name_of(weights) + ".";
+  card.summary = std::string("The weights of a GGUF file, ") + (quantised ? "de-quantised and " : "") + "written as a Hugging Face folder in " + config_name_of(weights) + ".";
   if (quantised) card.warnings.push_back("The GGUF file was quantised: these weights hold what was left after that, and not the precision of the original model.");
 
   const auto num_bases = value_or<std::int64_t>(metadata.json(), "general.base_model.count", 0, metadata.source());
@@ -412,38 +410,32 @@ void import_gguf(const fs::path& gguf, const fs::path& folder, at::ScalarType we
   const std::uint64_t needed = static_cast<std::uint64_t>(config.num_parameters()) * c10::elementSize(weights);
   if (const std::uint64_t free = free_bytes(folder); free < needed)
     fail(ErrorKind::kResource, folder.string(), ": the weights need ", needed, " bytes, ", free, " are free", Remedy{"free some space or choose another output folder"});
-  const fs::path temporary = begin_folder(folder);
-  try {
-    std::vector<std::pair<std::string, std::vector<std::int64_t>>> names_and_shapes;
-    for (const Move& move : moves) names_and_shapes.emplace_back(move.to, move.shape);
-    const auto written = write_weights(temporary, names_and_shapes, weights, [&](std::size_t i) { return moved(file, moves[i]); });
-    write_file(temporary / "config.json", config_json.dump(2) + "\n");
-    Json generation{{"_from_model_config", true}};
-    for (const char* key : {"bos_token_id", "eos_token_id", "pad_token_id"})
-      if (!config_json[key].is_null()) generation[key] = config_json[key];
-    if (const auto ids = end_ids(metadata); ids.size() > 1) generation["eos_token_id"] = ids;
-    write_file(temporary / "generation_config.json", generation.dump(2) + "\n");
-    write_file(temporary / "tokenizer.json", to_line(tokenizer));
-    write_file(temporary / "tokenizer_config.json", tokenizer_config.dump(2) + "\n");
-    write_templates(metadata, temporary);
-    const std::string sha256 = sha256_of_file(gguf);
-    const CardInfo card = make_card(metadata, file, gguf, weights, sha256);
-    write_file(temporary / "README.md", model_card(card));
-    if (const std::string_view text = licence_text(card.licence.spdx); !text.empty()) write_file(temporary / "LICENSE", text);
-    write_manifest(temporary, {{"made", kMade}, {"gguf", {{"file", gguf.filename().string()}, {"sha256", sha256}}}, {"weights", name_of(weights)}}, written);
-    commit_folder(temporary, folder);
-  } catch (...) {
-    std::error_code ignored;
-    fs::remove_all(temporary, ignored);
-    throw;
-  }
+  const TemporaryFolder temporary(folder);
+  std::vector<std::pair<std::string, std::vector<std::int64_t>>> names_and_shapes;
+  for (const Move& move : moves) names_and_shapes.emplace_back(move.to, move.shape);
+  const auto written = write_weights(temporary.path(), names_and_shapes, weights, [&](std::size_t i) { return moved(file, moves[i]); });
+  write_file(temporary.path() / "config.json", config_json.dump(2) + "\n");
+  Json generation{{"_from_model_config", true}};
+  for (const char* key : {"bos_token_id", "eos_token_id", "pad_token_id"})
+    if (!config_json[key].is_null()) generation[key] = config_json[key];
+  if (const auto ids = end_ids(metadata); ids.size() > 1) generation["eos_token_id"] = ids;
+  write_file(temporary.path() / "generation_config.json", generation.dump(2) + "\n");
+  write_file(temporary.path() / "tokenizer.json", to_line(tokenizer));
+  write_file(temporary.path() / "tokenizer_config.json", tokenizer_config.dump(2) + "\n");
+  write_templates(metadata, temporary.path());
+  const std::string sha256 = sha256_of_file(gguf);
+  const CardInfo card = make_card(metadata, file, gguf, weights, sha256);
+  write_file(temporary.path() / "README.md", model_card(card));
+  if (const std::string_view text = licence_text(card.licence.spdx); !text.empty()) write_file(temporary.path() / "LICENSE", text);
+  write_manifest(temporary.path(), {{"made", kMade}, {"gguf", {{"file", gguf.filename().string()}, {"sha256", sha256}}}, {"weights", config_name_of(weights)}}, written);
+  commit_folder(temporary.path(), folder);
 }
 
 bool is_complete_import(const fs::path& gguf, const fs::path& folder, at::ScalarType weights) {
   if (!fs::is_regular_file(folder / "manifest.json")) return false;
   try {
     const Json manifest = check_manifest(folder);
-    return manifest.value("made", "") == kMade && manifest.value("weights", "") == name_of(weights) && manifest.contains("gguf") &&
+    return manifest.value("made", "") == kMade && manifest.value("weights", "") == config_name_of(weights) && manifest.contains("gguf") &&
            manifest["gguf"].value("sha256", "") == sha256_of_file(gguf);
   } catch (const Error&) {
     return false;  // damaged or of another maker: not what import_gguf left here

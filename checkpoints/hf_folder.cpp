@@ -276,6 +276,25 @@ std::vector<std::pair<std::string, std::string>> write_weights(
   return written;
 }
 
+std::string config_name_of(at::ScalarType weights) {
+  switch (weights) {
+    case at::kFloat: return "float32";
+    case at::kBFloat16: return "bfloat16";
+    case at::kHalf: return "float16";
+    default: fail(ErrorKind::kBug, "weights of type ", toString(weights), " are not written");
+  }
+}
+
+void describe_weights(const fs::path& folder, at::ScalarType weights, bool head_tied) {
+  const bool was_tied = models::read_model_config(folder).tied_head;  // a family's default where the key is absent
+  Json config = read_json_file(folder / "config.json");
+  const Json before = config;
+  const char* const key = config.contains("dtype") ? "dtype" : "torch_dtype";  // the newer name where the base uses it; both are read
+  config[key] = config_name_of(weights);
+  if (was_tied != head_tied) config["tie_word_embeddings"] = head_tied;
+  if (config != before) write_file(folder / "config.json", config.dump(2) + "\n");
+}
+
 std::vector<std::string> copy_companions(const fs::path& from, const fs::path& to) {
   static const std::set<std::string> kNames = {
       "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

@@ -60,6 +60,12 @@ std::vector<std::pair<std::string, std::string>> write_weights(
     const std::filesystem::path& folder, const std::vector<std::pair<std::string, std::vector<std::int64_t>>>& names_and_shapes,
     at::ScalarType type, const std::function<at::Tensor(std::size_t)>& make, std::uint64_t max_shard_bytes = 5'000'000'000);
 
+/// What config.json calls a weight type: "float32", "bfloat16", "float16".
+std::string config_name_of(at::ScalarType weights);
+
+/// Makes the config.json of a derived folder say what its weights now are: their type, and whether the head is the embedding.
+void describe_weights(const std::filesystem::path& folder, at::ScalarType weights, bool head_tied);
+
 /// Copies what a derived folder carries over unchanged: config.json, generation_config.json, tokenizer files, chat
 /// templates, and the texts LICENSE*, NOTICE*, USE_POLICY* and the like; never README.md or weights. Returns the names.
 std::vector<std::string> copy_companions(const std::filesystem::path& from, const std::filesystem::path& to);

@@ -15,7 +15,7 @@ namespace {
 constexpr const char* kName = "manifest.json";
 }
 
-fs::path begin_folder(const fs::path& target) {
+TemporaryFolder::TemporaryFolder(const fs::path& target) {
   if (fs::exists(fs::symlink_status(target))) fail(ErrorKind::kUsage, target.string(), ": exists already and is never overwritten", Remedy{"choose another name, or remove it"});
   const fs::path parent = target.has_parent_path() ? target.parent_path() : fs::path(".");
   std::error_code problem;
@@ -31,10 +31,14 @@ fs::path begin_folder(const fs::path& target) {
                       (process == ::getpid() || (::kill(process, 0) != 0 && errno == ESRCH));
     if (gone) fs::remove_all(entry.path(), problem);
   }
-  const fs::path temporary = parent / (prefix + std::to_string(::getpid()));
-  if (!fs::create_directory(temporary, problem) || problem)
-    fail(ErrorKind::kResource, temporary.string(), ": cannot be created: ", problem.message(), Remedy{"choose an output folder that can be written"});
-  return temporary;
+  path_ = parent / (prefix + std::to_string(::getpid()));
+  if (!fs::create_directory(path_, problem) || problem)
+    fail(ErrorKind::kResource, path_.string(), ": cannot be created: ", problem.message(), Remedy{"choose an output folder that can be written"});
+}
+
+TemporaryFolder::~TemporaryFolder() {
+  std::error_code ignored;
+  fs::remove_all(path_, ignored);
 }
 
 std::string alambic_version() { return ALAMBIC_VERSION; }

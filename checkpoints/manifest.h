@@ -11,8 +11,19 @@
 namespace alambic::checkpoints {
 
 /// An empty folder <parent>/.tmp-<name>-<process> for the making of `target`, whose parent is created where it is absent.
-/// Leftovers of the same target by processes that are gone are removed. Error(kUsage) when the target exists already.
-std::filesystem::path begin_folder(const std::filesystem::path& target);
+/// Removed with the object, unless commit_folder has renamed it. Leftovers of the same target by processes that are gone are
+/// removed too. Error(kUsage) when the target exists already.
+class TemporaryFolder {
+ public:
+  explicit TemporaryFolder(const std::filesystem::path& target);
+  ~TemporaryFolder();
+  TemporaryFolder(const TemporaryFolder&) = delete;
+  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
+  const std::filesystem::path& path() const { return path_; }
+
+ private:
+  std::filesystem::path path_;
+};
 
 /// Writes <folder>/manifest.json: {"alambic": version, ...facts, "files": {name: {"sha256": ..., "bytes": ...}}}. Every
 /// regular file below `folder` is listed; `known` holds (name, SHA-256) of files hashed while they were written, which are

@@ -2,7 +2,6 @@
 #include "checkpoints/merge_folder.h"
 
 #include <ATen/ops/equal.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -32,11 +31,10 @@ constexpr double kNothing = 1e-8;  // KL in nats a token that rounding of f32 su
 constexpr const char* kProbeText = "The quick brown fox jumps over the lazy dog. 12 x 34 = 408; \xc3\xa9t\xc3\xa9, na\xc3\xafve, \xe4\xbd\xa0\xe5\xa5\xbd.";
 
 struct WeightType {
-  const char* name;        // ours
-  const char* hf_name;     // config.json's
+  const char* name;
   at::ScalarType type;
 };
-constexpr WeightType kTypes[] = {{"f32", "float32", at::kFloat}, {"bf16", "bfloat16", at::kBFloat16}, {"f16", "float16", at::kHalf}};
+constexpr WeightType kTypes[] = {{"f32", at::kFloat}, {"bf16", at::kBFloat16}, {"f16", at::kHalf}};
 
 /// The type asked for, or the one type all tensors of the base are stored in; f32 where it mixes types, which loses nothing.
 const WeightType& weight_type(const MergeConfig& config, const FolderTensors& base) {
@@ -165,6 +163,12 @@ std::string figure(double value, const char* format = "%.4g") {
   return text;
 }
 
+/// Whether `adapter` holds the very weights that the run's report speaks of, and not those of another step or run.
+bool is_result_of(const fs::path& run_folder, const Json& run, const fs::path& adapter, const std::string& source) {
+  const fs::path result = run_folder / value_or<std::string>(run, "result", "adapter", source);
+  return fs::is_directory(result) && (fs::equivalent(result, adapter) || hash_of_files(result, true) == hash_of_files(adapter, true));
+}
+
 /// What the run's report says of data and figures, and the proof, as a card.
 CardInfo card_of(const MergeConfig& config, const Json& run, const std::string& source, const MergeReport& report) {
   CardInfo card;
@@ -214,45 +218,6 @@ CardInfo card_of(const MergeConfig& config, const Json& run, const std::string& 
                 {"weights stored as", report.weights},
                 {"head and embedding", report.head_tied ? "one tensor" : "two tensors"}};
   return card;
-}
-
-/// Removes the folder unless it was published. Stale ones of processes that are gone are removed too.
-class TemporaryFolder {
- public:
-  explicit TemporaryFolder(const fs::path& output) {
-    const fs::path parent = output.parent_path();
-    const std::string prefix = ".tmp-" + output.filename().string() + ".";
-    fs::create_directories(parent);
-    for (const auto& entry : fs::directory_iterator(parent)) {
-      const std::string name = entry.path().filename().string();
-      const std::string process = name.starts_with(prefix) ? name.substr(prefix.size()) : "";
-      const bool is_process = !process.empty() && process.find_first_not_of("0123456789") == std::string::npos;
-      if (is_process && !fs::exists("/proc/" + process)) fs::remove_all(entry.path());
-    }
-    path_ = parent / (prefix + std::to_string(::getpid()));
-    fs::remove_all(path_);
-    fs::create_directory(path_);
-  }
-  ~TemporaryFolder() {
-    std::error_code ignored;
-    fs::remove_all(path_, ignored);
-  }
-  TemporaryFolder(const TemporaryFolder&) = delete;
-  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
-  const fs::path& path() const { return path_; }
-
- private:
-  fs::path path_;
-};
-
-/// config.json as it was but for what the weights now are: their type, and the tie.
-void write_config(const fs::path& folder, const WeightType& type, bool base_tied, bool head_tied) {
-  Json config = read_json_file(folder / "config.json");
-  const Json before = config;
-  const char* const key = config.contains("dtype") ? "dtype" : "torch_dtype";  // the newer name where the base uses it; both are read
-  config[key] = type.hf_name;
-  if (base_tied != head_tied) config["tie_word_embeddings"] = head_tied;
-  if (config != before) write_file(folder / "config.json", config.dump(2) + "\n");
 }
 
 void check_proof(const MergeConfig& config, const MergeReport& report, const WeightType& type) {
@@ -341,12 +306,15 @@ MergeReport merge_folder(const MergeConfig& given) {
   const std::string hash = base.hash();
   const fs::path run_folder = run_of(config);
   const std::string run_source = (run_folder / "report.json").string();
-  const Json run = run_folder.empty() ? Json() : read_json_file(run_folder / "report.json");
+  Json run = run_folder.empty() ? Json() : read_json_file(run_folder / "report.json");
   if (run.is_object()) {
     const Json run_base = value_or<Json>(run, "base", Json::object(), run_source);
     if (const std::string wanted = value_or<std::string>(run_base, "sha256", "", run_source); !wanted.empty() && wanted != hash)
       fail(ErrorKind::kData, run_source, ": the run trained another base: SHA-256 ", wanted, ", ", config.base.string(), " has ", hash, Remedy{"name the base that was trained"});
   }
+  const bool other_step = run.is_object() && !is_result_of(run_folder, run, config.adapter, run_source);
+  if (other_step)
+    for (const char* measured : {"evaluation", "steps", "tokens", "kept_tokens"}) run.erase(measured);
 
   MergeReport report;
   report.output = config.output;
@@ -401,7 +369,7 @@ MergeReport merge_folder(const MergeConfig& given) {
 
   const TemporaryFolder temporary(config.output);
   copy_companions(config.base, temporary.path());
-  write_config(temporary.path(), type, base_tied, changes.head_tied);
+  describe_weights(temporary.path(), type.type, changes.head_tied);
 
   const auto start = std::chrono::steady_clock::now();
   std::set<std::string> used;
@@ -438,6 +406,7 @@ MergeReport merge_folder(const MergeConfig& given) {
   check_proof(config, report, type);
 
   CardInfo card = card_of(config, run, run_source, report);
+  if (other_step) card.warnings.push_back("These are not the weights that the run chose, so nothing measured on those is shown here.");
   if (report.kl_of_base <= kNothing) card.warnings.push_back("Training changed nothing that the probe can measure.");
   report.warnings = licence_warnings(card);
   report.warnings.insert(report.warnings.end(), card.warnings.begin(), card.warnings.end());

@@ -241,8 +241,7 @@ lora::LoraConfig load_adapter(models::Decoder& decoder, const std::filesystem::p
   }
   const auto expected = lora::expected_keys(decoder, plan, config.dora);
   std::vector<std::string> problems, names;
-  std::vector<std::string> base_copies;  // keys of adapted base weights, with the tensor they must equal
-  std::map<std::string, at::Tensor> base_of_copy;
+  std::map<std::string, at::Tensor> base_of_copy;  // key of a copied base weight -> what it must equal
   for (const lora::PlannedAdapter& adapter : plan.adapters)
     base_of_copy[std::string(lora::kPeftPrefix) + adapter.path + ".base_layer.weight"] = adapter.linear->weight_OI;
   for (const auto& [key, shape] : expected) names.push_back(key);

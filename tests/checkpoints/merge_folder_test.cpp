@@ -219,6 +219,22 @@ TEST(MergeFolderRuns, TheReportOfTheRunIsCitedAndItsLicencesAreNamed) {
   EXPECT_NE(merge.log.text.find("CC-BY-NC-4.0"), std::string::npos) << "named on the terminal";
   EXPECT_FALSE(merged.warnings.empty());
 
+  // The figures are those of the adapter that the run chose, not of any other that lies in its folder.
+  fs::remove_all(merge.config.output);
+  fs::create_directory(run / "checkpoint-10");
+  fs::copy(run / "adapter", run / "checkpoint-10/adapter");
+  merge.config.adapter = run / "checkpoint-10/adapter";
+  merge_folder(merge.config);
+  EXPECT_NE(read_file(merge.config.output / "README.md").find("1.2500 | 1.0000"), std::string::npos) << "the same bytes";
+  fs::remove_all(merge.config.output);
+  merge.adapter_tensors([](auto& all) { all.begin()->second += 0.5; });
+  merge_folder(merge.config);
+  const std::string other = read_file(merge.config.output / "README.md");
+  EXPECT_EQ(other.find("1.2500 | 1.0000"), std::string::npos) << other;
+  EXPECT_NE(other.find("not the weights that the run chose"), std::string::npos) << other;
+  EXPECT_NE(other.find("| book | CC-BY-NC-4.0 |"), std::string::npos) << other;
+  merge.config.adapter = run / "adapter";
+
   fs::remove_all(merge.config.output);
   report["base"]["sha256"] = std::string(64, '0');
   write_file(run / "report.json", report.dump());
@@ -267,11 +283,11 @@ TEST(MergeFolderOutput, TheSameMergeIsDoneAnotherIsRefused) {
 
 TEST(MergeFolderOutput, WhatAKilledMergeLeftIsRemoved) {
   Case merge("llama_tied.lora");
-  fs::create_directories(merge.scratch / ".tmp-merged.999999999");  // no process has this number
-  fs::create_directories(merge.scratch / ".tmp-merged.other.999999999");
+  fs::create_directories(merge.scratch / ".tmp-merged-999999999");  // no process has this number
+  fs::create_directories(merge.scratch / ".tmp-merged-other-999999999");
   merge_folder(merge.config);
-  EXPECT_FALSE(fs::exists(merge.scratch / ".tmp-merged.999999999"));
-  EXPECT_TRUE(fs::exists(merge.scratch / ".tmp-merged.other.999999999")) << "of another output";
+  EXPECT_FALSE(fs::exists(merge.scratch / ".tmp-merged-999999999"));
+  EXPECT_TRUE(fs::exists(merge.scratch / ".tmp-merged-other-999999999")) << "of another output";
 }
 
 // Silent failures of merges elsewhere (reference/peers.md, section 3), a test each.

@@ -137,18 +137,24 @@ TEST(Manifest, BeginsAFolderBesideItsTarget) {
   std::filesystem::create_directories(folder / "out/.tmp-model-999999999");     // of a process that is gone
   std::filesystem::create_directories(folder / "out/.tmp-model-1");             // of one that lives
   std::filesystem::create_directories(folder / "out/.tmp-other-999999999");     // of another target
-  const auto made = begin_folder(folder / "out/model");
-  EXPECT_EQ(made.parent_path(), folder / "out");
-  EXPECT_TRUE(std::filesystem::is_empty(made));
+  std::filesystem::path left;
+  {
+    const TemporaryFolder made(folder / "out/model");
+    left = made.path();
+    EXPECT_EQ(left.parent_path(), folder / "out");
+    EXPECT_TRUE(std::filesystem::is_empty(left));
+    write_file(left / "a", "text");
+  }
+  EXPECT_FALSE(std::filesystem::exists(left)) << "nothing was committed";
   EXPECT_FALSE(std::filesystem::exists(folder / "out/.tmp-model-999999999"));
   EXPECT_TRUE(std::filesystem::exists(folder / "out/.tmp-model-1"));
   EXPECT_TRUE(std::filesystem::exists(folder / "out/.tmp-other-999999999"));
-  write_file(made / "a", "text");
-  EXPECT_TRUE(std::filesystem::is_empty(begin_folder(folder / "out/model")));
+  std::filesystem::create_directories(left / "of an object that did not come to its end");
+  EXPECT_TRUE(std::filesystem::is_empty(TemporaryFolder(folder / "out/model").path()));
   std::filesystem::create_directories(folder / "out/model");
-  EXPECT_TRUE(fails_with(ErrorKind::kUsage, "exists already", [&] { begin_folder(folder / "out/model"); }));
+  EXPECT_TRUE(fails_with(ErrorKind::kUsage, "exists already", [&] { const TemporaryFolder made(folder / "out/model"); }));
   write_file(folder / "file", "");
-  EXPECT_TRUE(fails_with(ErrorKind::kResource, "cannot be created", [&] { begin_folder(folder / "file/model"); }));
+  EXPECT_TRUE(fails_with(ErrorKind::kResource, "cannot be created", [&] { const TemporaryFolder made(folder / "file/model"); }));
 }
 
 }  // namespace
