@@ -90,7 +90,7 @@ TEST(Require, TypesAreExact) {
   EXPECT_TRUE(refuses("\"i\" must be a string", [&] { require<std::string>(json, "i", "x"); }));
   EXPECT_TRUE(refuses("\"n\" must be a string, got null", [&] { require<std::string>(json, "n", "x"); }));
   Json letters;
-  for (const std::string text : {std::string(50, 'x') + "\xc3\xa9", std::string(75, 'x') + "\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9", std::string(74, 'x') + "\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9"}) {
+  for (const std::string& text : {std::string(50, 'x') + "\xc3\xa9", std::string(75, 'x') + "\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9", std::string(74, 'x') + "\xc3\xa9\xc3\xa9\xc3\xa9\xc3\xa9"}) {
     letters["long"] = text;
     try {
       require<bool>(letters, "long", "x");
