@@ -7,7 +7,8 @@
 //! and the process lives on; what the thread held is lost until the process ends.
 
 use crate::{quietly, Result};
-use std::alloc::{GlobalAlloc, Layout, System};
+use mimalloc::MiMalloc;
+use std::alloc::{GlobalAlloc, Layout};
 use std::cell::{Cell, RefCell};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{channel, Sender};
@@ -56,23 +57,23 @@ fn charge(bytes: i64) {
     }
 }
 
-// SAFETY: all memory is System's; `charge` allocates nothing and does not unwind.
+// SAFETY: all memory is MiMalloc's; `charge` allocates nothing and does not unwind.
 unsafe impl GlobalAlloc for Allocator {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         charge(layout.size() as i64);
-        System.alloc(layout)
+        MiMalloc.alloc(layout)
     }
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         charge(layout.size() as i64);
-        System.alloc_zeroed(layout)
+        MiMalloc.alloc_zeroed(layout)
     }
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
         LEFT.set(LEFT.get().saturating_add(layout.size() as i64));
-        System.dealloc(pointer, layout)
+        MiMalloc.dealloc(pointer, layout)
     }
     unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         charge(size as i64 - layout.size() as i64);
-        System.realloc(pointer, layout, size)
+        MiMalloc.realloc(pointer, layout, size)
     }
 }
 
