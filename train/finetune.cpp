@@ -18,9 +18,8 @@ TrainReport finetune(const TrainConfig& config, bool resume, const std::function
   use_threads(config);
   const RunFolder held(config.output);
   require_new_or_resumed(config, resume);
-  if (std::optional<TrainReport> finished = finished_run(config)) return *finished;
-
   const Inputs inputs = open_inputs(config);
+  if (std::optional<TrainReport> finished = finished_run(config, inputs)) return *finished;
   for (const std::string& warning : inputs.warnings) log_warning(warning);
   models::Decoder decoder = checkpoints::load_decoder(config.model, compute_type_of(config));
   make_trainable(decoder, config);

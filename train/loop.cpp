@@ -101,14 +101,18 @@ class Loop {
     }
     if (progress_.step == 0) return false;  // the base is what the best is compared with, not a result of the run
     const double loss = progress_.latest[parts_.chosen_by]["loss"].get<double>();
-    const bool improved = progress_.best_step < 0 || loss < progress_.best_loss - config_.limits.min_delta;
+    const bool first = progress_.best_step < 0, improved = first || loss < progress_.best_loss;
+    // A fall of less than min_delta makes a new best, but does not buy more patience.
+    const bool enough = first || loss < progress_.best_loss - config_.limits.min_delta;
     if (improved) {
       progress_.best_step = progress_.step;
       progress_.best_loss = loss;
       progress_.best = progress_.latest;
+    }
+    if (enough) {
       progress_.without_improvement = 0;
     } else if (++progress_.without_improvement >= config_.limits.patience && config_.limits.patience > 0 && progress_.ended.empty()) {
-      log_info("step ", progress_.step, ": no improvement in ", progress_.without_improvement, " evaluations; stopping early");
+      log_info("step ", progress_.step, ": too little improvement in ", progress_.without_improvement, " evaluations; stopping early");
       progress_.ended = "early stop";
     }
     return improved;

@@ -49,7 +49,7 @@ struct Progress {
   std::int64_t best_step = -1;       // checkpoint with the lowest loss of `chosen_by` after step 0; -1: none yet
   double best_loss = 0;
   Json best;                         // all evaluations of that step
-  std::int64_t without_improvement = 0;
+  std::int64_t without_improvement = 0;  // evaluations in a row that fell by less than min_delta
   std::string ended;                 // "": running; "steps", "tokens", "early stop"
   Json data;                         // BatchStream::state()
   std::uint64_t metrics_bytes = 0;

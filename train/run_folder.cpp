@@ -35,16 +35,26 @@ void copy_files(const std::filesystem::path& from, const std::filesystem::path& 
   }
 }
 
-/// A full fine-tune's weights as a Hugging Face folder, in the type the base stores them in.
-void write_full_weights(const TrainConfig& config, const checkpoints::RunState& state, const std::filesystem::path& folder) {
+/// A full fine-tune's weights as a Hugging Face folder: the f32 masters themselves, so that a merge into a narrower type
+/// rounds once and its proof sees what the rounding costs.
+void write_full_weights(const TrainConfig& config, const models::ModelConfig& base, const checkpoints::RunState& state, const std::filesystem::path& folder) {
   constexpr std::string_view kWeights = "weights.";
   std::vector<std::pair<std::string, std::vector<std::int64_t>>> names;
   std::vector<at::Tensor> tensors;
   for (const auto& [name, tensor] : state.tensors)
     if (name.starts_with(kWeights)) names.emplace_back(name.substr(kWeights.size()), tensor.sizes().vec()), tensors.push_back(tensor);
-  const checkpoints::FolderTensors base(config.model);
-  checkpoints::write_weights(folder, names, base.type(names.front().first), [&](std::size_t i) { return tensors[i]; });
+  checkpoints::write_weights(folder, names, at::kFloat, [&](std::size_t i) { return tensors[i]; });
   checkpoints::copy_companions(config.model, folder);
+  checkpoints::describe_weights(folder, at::kFloat, base.tied_head && names.size() == models::expected_shapes(base).size());
+}
+
+/// Error(kUsage) listing what differs between the run that wrote `checkpoint` and this one.
+void require_same_run(const std::filesystem::path& run, const std::filesystem::path& checkpoint, const Json& then, const Json& now) {
+  std::string changed;
+  for (const std::string& line : checkpoints::differences(require<Json>(then, "run", (checkpoint / "identity.json").string()), now["run"])) changed += "\n  " + line;
+  if (!changed.empty())
+    fail(ErrorKind::kUsage, run.string(), ": this run was started with other settings or data:", changed,
+         Remedy{"go on with what the run was started with, or start a new one in another output folder"});
 }
 
 }  // namespace
@@ -59,9 +69,14 @@ void require_new_or_resumed(const TrainConfig& config, bool resume) {
            Remedy{"go on with what is there by --resume, or choose another folder"});
 }
 
-std::optional<TrainReport> finished_run(const TrainConfig& config) {
+std::optional<TrainReport> finished_run(const TrainConfig& config, const Inputs& inputs) {
   const std::filesystem::path path = config.output / kReport;
   if (!std::filesystem::exists(path)) return std::nullopt;
+  const std::optional<std::filesystem::path> newest = checkpoints::newest_checkpoint(config.output);
+  if (!newest)
+    fail(ErrorKind::kData, config.output.string(), ": holds a finished run without its checkpoints, so it cannot be told whether that is this run",
+         Remedy{"use its result as it is, or choose another output folder"});
+  require_same_run(config.output, *newest, read_json_file(*newest / "identity.json"), identity_of(config, inputs));
   TrainReport report{.result = result_folder(config), .was_finished = true, .json = read_json_file(path)};
   report.steps = require<std::int64_t>(report.json, "steps", path.string());
   report.chosen_step = require<std::int64_t>(report.json, "chosen_step", path.string());
@@ -127,11 +142,7 @@ std::optional<Progress> restore(const TrainConfig& config, const LoopParts& part
   }
   const checkpoints::RunState state = checkpoints::load_checkpoint(*newest);
   const std::string source = (*newest / "identity.json").string();
-  std::string changed;
-  for (const std::string& line : checkpoints::differences(require<Json>(state.identity, "run", source), parts.identity["run"])) changed += "\n  " + line;
-  if (!changed.empty())
-    fail(ErrorKind::kUsage, config.output.string(), ": this run was started with other settings or data:", changed,
-         Remedy{"go on with what the run was started with, or start a new one in another output folder"});
+  require_same_run(config.output, *newest, state.identity, parts.identity);
   for (const std::string& line : checkpoints::differences(require<Json>(state.identity, "machine", source), parts.identity["machine"]))
     log_warning("resuming on another machine or thread count, so the last bits of sums may differ: ", line);
   Progress progress = progress_from_json(state.progress, (*newest / "progress.json").string());
@@ -156,7 +167,7 @@ TrainReport finish(const TrainConfig& config, const Inputs& inputs, const Progre
   std::filesystem::remove_all(report.result);  // of an earlier end of this run that was cut short before its report
   std::filesystem::create_directory(temporary);
   if (config.method == "lora") copy_files(chosen / "adapter", temporary);
-  else write_full_weights(config, checkpoints::load_checkpoint(chosen), temporary);
+  else write_full_weights(config, inputs.model, checkpoints::load_checkpoint(chosen), temporary);
   commit_folder(temporary, report.result);
 
   Json evaluation = Json::array();

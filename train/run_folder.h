@@ -24,8 +24,8 @@ class RunFolder {
 /// Error(kUsage) when the folder holds something and `resume` is false.
 void require_new_or_resumed(const TrainConfig& config, bool resume);
 
-/// The report of a run that has ended; nullopt while it has not.
-std::optional<TrainReport> finished_run(const TrainConfig& config);
+/// The report of a run that has ended; nullopt while it has not. Error(kUsage) lists what differs from the run that ended.
+std::optional<TrainReport> finished_run(const TrainConfig& config, const Inputs& inputs);
 
 void use_threads(const TrainConfig& config);
 /// Attaches the adapter, or makes every weight train.

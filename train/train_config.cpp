@@ -56,7 +56,7 @@ void LimitsConfig::visit(FieldVisitor& fields) {
   fields.field("max_epochs", max_epochs, {.help = "passes over the store that lasts longest; 0: no limit", .low = 0, .high = 1e6});
   fields.field("max_tokens", max_tokens, {.help = "tokens read, rounded up to a whole step; 0: no limit", .unit = "tokens", .low = 0, .high = 1e16});
   fields.field("patience", patience, {.help = "evaluations without improvement before the run stops early; 0: never", .low = 0, .high = 1e6});
-  fields.field("min_delta", min_delta, {.help = "smallest fall of the loss that counts as improvement", .unit = "nats a token", .low = 0, .high = 100});
+  fields.field("min_delta", min_delta, {.help = "smallest fall of the best loss that patience takes for improvement", .unit = "nats a token", .low = 0, .high = 100});
 }
 
 void SamplesConfig::visit(FieldVisitor& fields) {

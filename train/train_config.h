@@ -60,7 +60,7 @@ struct LimitsConfig {              // the first limit that is reached ends the r
   std::int64_t max_steps = 0, max_tokens = 0;
   double max_epochs = 0;
   std::int64_t patience = 0;       // evaluations without improvement before an early stop
-  double min_delta = 0;            // what counts as improvement, in nats a token
+  double min_delta = 0;            // what patience takes for improvement, in nats a token
   void visit(FieldVisitor& fields);
 };
 

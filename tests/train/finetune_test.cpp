@@ -160,6 +160,28 @@ TEST(Finetune, AFinishedRunIsLeftAloneAndSaysSo) {
   EXPECT_TRUE(fails_with(ErrorKind::kUsage, "holds a finished run", [&] { finetune(config, false, never); }));
 }
 
+TEST(Finetune, AFinishedRunIsNotTakenForAnother) {
+  const ScratchFolder folder;
+  TrainConfig config = tiny_config(folder.path(), "run");
+  config.limits.max_steps = 2;
+  finetune(config, false, never);
+  const auto refuses = [&](const std::string& difference, const std::function<void(TrainConfig&)>& change) {
+    TrainConfig changed = config;
+    change(changed);
+    EXPECT_TRUE(fails_with(ErrorKind::kUsage, difference, [&] { finetune(changed, true, never); })) << difference;
+  };
+  refuses("limits.max_steps: 2 then, 3 now", [](TrainConfig& changed) { changed.limits.max_steps = 3; });
+  refuses("seed", [](TrainConfig& changed) { changed.seed = 77; });
+  refuses("base_sha256", [](TrainConfig& changed) { changed.model = testing::golden_path("peft/llama_untied"); });
+  testing::write_store(folder / "another", 61, 3);
+  refuses("data.mixture[0].sha256", [&](TrainConfig& changed) { changed.data.mixture[0].store = folder / "another"; });
+  config.log_every = 3;  // of display alone
+  EXPECT_TRUE(finetune(config, true, never).was_finished);
+  for (const fs::directory_entry& entry : fs::directory_iterator(config.output))
+    if (entry.path().filename().string().starts_with("checkpoint-")) fs::remove_all(entry.path());
+  EXPECT_TRUE(fails_with(ErrorKind::kData, "without its checkpoints", [&] { finetune(config, true, never); }));
+}
+
 TEST(Finetune, AFolderThatIsNotEmptyOrIsInUseIsRefused) {
   const ScratchFolder folder;
   const TrainConfig config = tiny_config(folder.path(), "run");
@@ -211,16 +233,42 @@ TEST(Finetune, StopsEarlyWithoutImprovementAndKeepsTheBest) {
   const ScratchFolder folder;
   TrainConfig config = tiny_config(folder.path(), "run");
   config.limits.patience = 2;
-  config.limits.min_delta = 50;  // nothing after the first evaluation counts as improvement
   config.evaluation.every = 2;
   config.checkpoint.keep = 1;
-  const TrainReport report = finetune(config, false, never);
-  EXPECT_EQ(report.json["ended"], "early stop");
-  EXPECT_EQ(report.steps, 6);
-  EXPECT_EQ(report.chosen_step, 2);
-  EXPECT_TRUE(fs::exists(config.output / "checkpoint-2"));
-  EXPECT_FALSE(fs::exists(config.output / "checkpoint-4"));
-  EXPECT_EQ(sha256_of_file(report.result / "adapter_model.safetensors"), sha256_of_file(config.output / "checkpoint-2/adapter/adapter_model.safetensors"));
+  // The second store decides, though it is not the first.
+  testing::write_store(folder / "other", 12, 7);
+  config.evaluation.stores.push_back({.name = "other", .store = folder / "other"});
+  config.evaluation.choose_best_by = "other";
+  const auto best_of = [&](const TrainReport& report) {
+    std::map<double, std::int64_t> steps;  // by loss
+    std::ifstream lines(config.output / "metrics.jsonl");
+    for (std::string line; std::getline(lines, line);)
+      if (const Json json = parse_json(line, "metrics"); json["kind"] == "evaluation/other" && json["step"] > 0) steps[json["loss"].get<double>()] = json["step"].get<std::int64_t>();
+    const std::string chosen = "checkpoint-" + std::to_string(report.chosen_step);
+    EXPECT_EQ(sha256_of_file(report.result / "adapter_model.safetensors"), sha256_of_file(config.output / chosen / "adapter/adapter_model.safetensors"));
+    EXPECT_EQ(report.json["evaluation"][1]["after"]["loss"].get<double>(), steps.begin()->first);
+    EXPECT_FALSE(report.json["evaluation"][0]["chosen_by"].get<bool>());
+    EXPECT_TRUE(report.json["evaluation"][1]["chosen_by"].get<bool>());
+    return steps.begin()->second;
+  };
+
+  // A learning rate at which the loss rises again: patience runs out, and an earlier step than the last is the best.
+  config.schedule = {.shape = "constant", .learning_rate = 0.3, .warmup_steps = 0};
+  const TrainReport rising = finetune(config, false, never);
+  EXPECT_EQ(rising.json["ended"], "early stop");
+  EXPECT_EQ(rising.chosen_step, best_of(rising));
+  EXPECT_EQ(rising.steps, rising.chosen_step + 4);
+  EXPECT_FALSE(fs::exists(config.output / ("checkpoint-" + std::to_string(rising.steps - 2))));
+
+  // Falls below min_delta do not buy patience, yet the lowest loss is still the best.
+  config.schedule = {.shape = "constant", .learning_rate = 1e-3, .warmup_steps = 0};
+  config.output = folder / "slow";
+  config.limits.min_delta = 50;
+  const TrainReport slow = finetune(config, false, never);
+  EXPECT_EQ(slow.json["ended"], "early stop");
+  EXPECT_EQ(slow.steps, 6);
+  EXPECT_EQ(slow.chosen_step, best_of(slow));
+  EXPECT_EQ(slow.chosen_step, 6);
 }
 
 TEST(Finetune, EndsByTokensOrEpochs) {
