@@ -3,9 +3,9 @@
 
 #include <ATen/core/grad_mode.h>
 
-#include <charconv>
 #include <ostream>
 
+#include "cli/figures.h"
 #include "cli/model_options.h"
 #include "cli/verbs.h"
 #include "core/error.h"
@@ -49,13 +49,6 @@ Task task_of_flags(const Arguments& arguments) {
   Task task{.model = arguments.path("model"), .adapter = arguments.path("adapter"), .compute = arguments.text("compute"), .row_length = 1024, .rows_per_batch = 1};
   for (const std::string& store : arguments.texts("store")) task.stores.emplace_back(store, store);
   return task;
-}
-
-std::string figure(const Json& value, int digits) {
-  if (!value.is_number()) return "-";
-  char buffer[64];
-  const auto [end, problem] = std::to_chars(buffer, buffer + sizeof buffer, value.get<double>(), std::chars_format::fixed, digits);
-  return problem == std::errc{} ? std::string(buffer, end) : "-";
 }
 
 void print_line(std::ostream& out, const std::string& name, const Json& figures) {

@@ -5,9 +5,14 @@
 #include "cli/run.h"
 
 int main(int count, char** words) {
-  // A reader that goes away must not end a training run in the middle of a step: writing fails instead, and is reported.
+  // A reader that goes away must not end a training run in the middle of a step: writing fails instead, and is seen at the end.
   std::signal(SIGPIPE, SIG_IGN);
   // No setlocale(): numbers have a decimal point whatever the user's locale says.
   const std::vector<std::string> arguments(words + (count > 0 ? 1 : 0), words + count);
-  return alambic::cli::run(arguments, {std::cin, std::cout, std::cerr});
+  const int code = alambic::cli::run(arguments, {std::cin, std::cout, std::cerr});
+  if (code == alambic::cli::kReaderIsGone) {
+    std::signal(SIGPIPE, SIG_DFL);
+    std::raise(SIGPIPE);
+  }
+  return code;
 }

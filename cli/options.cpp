@@ -4,8 +4,12 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <cxxopts.hpp>
+#include <set>
 #include <sstream>
+#include <string_view>
 
+#include "cli/verbs.h"
 #include "core/error.h"
 
 namespace alambic::cli {
@@ -33,7 +37,19 @@ std::string joined(const std::vector<std::string>& parts, const std::string& sep
   return text;
 }
 
+const Option* find_option(const Verb& verb, std::string_view name) {
+  for (const Option& option : verb.options)
+    if (option.name == name) return &option;
+  return nullptr;
+}
+
 Remedy see_help(const std::string& verb) { return {"alambic " + verb + " --help lists what it accepts"}; }
+
+Remedy see_help(const Verb& verb) {
+  Remedy remedy = see_help(verb.name);
+  if (find_option(verb, "set")) remedy.text += "; --set KEY=VALUE sets a key of CONFIG";
+  return remedy;
+}
 
 template <class Number>
 bool reads_as(const std::string& text, Number& value) {
@@ -41,8 +57,8 @@ bool reads_as(const std::string& text, Number& value) {
   return problem == std::errc{} && end == text.data() + text.size() && !text.empty();
 }
 
-void check_value(const std::string& verb, const Option& option, const std::string& text) {
-  const auto refuse = [&](const auto&... parts) { fail(ErrorKind::kUsage, verb, ": --", option.name, " ", parts..., see_help(verb)); };
+void check_value(const Verb& verb, const Option& option, const std::string& text) {
+  const auto refuse = [&](const auto&... parts) { fail(ErrorKind::kUsage, verb.name, ": --", option.name, " ", parts..., see_help(verb)); };
   if (!option.choices.empty() && std::find(option.choices.begin(), option.choices.end(), text) == option.choices.end()) {
     const std::string nearest = nearest_name(text, option.choices);
     refuse("must be one of ", joined(option.choices, ", "), ", got ", text, nearest.empty() ? "" : "; did you mean " + nearest + "?");
@@ -60,6 +76,107 @@ void check_value(const std::string& verb, const Option& option, const std::strin
     double value = 0;
     if (!reads_as(text, value) || !std::isfinite(value)) refuse("must be a number", range, ", got ", text);
     if (!(value >= option.low && value <= option.high)) refuse("must be", range, ", got ", text);
+  }
+}
+
+// The words as cxxopts sees them. It recognises a word by std::regex, which recurses once a letter (a prompt of some tens of
+// kilobytes would exhaust the stack) and stops at a line break. So it gets each word without its tail, the value in
+// --name=value and -nvalue: there stands kMark and the word's number instead, and whole() puts the tail back.
+class CommandWords {
+ public:
+  CommandWords(const Verb& verb, std::span<const std::string> words) {
+    for (const std::string& word : words) {
+      const std::size_t begin = std::min(tail_of(verb, word), word.find(kMark));
+      seen_.push_back(begin == word.npos ? word : word.substr(0, begin) + kMark + std::to_string(tails_.size()));
+      tails_.push_back(begin == word.npos ? "" : word.substr(begin));
+    }
+  }
+  std::vector<const char*> argv() const {
+    std::vector<const char*> pointers = {"alambic"};
+    for (const std::string& word : seen_) pointers.push_back(word.c_str());
+    return pointers;
+  }
+  std::string whole(const std::string& seen) const {
+    const std::size_t mark = seen.find(kMark);
+    return mark == seen.npos ? seen : seen.substr(0, mark) + tails_.at(std::stoul(seen.substr(mark + 1)));
+  }
+
+ private:
+  static constexpr char kMark = '\x01';
+  static constexpr std::size_t kLongestName = 64;  // of any option; what is longer is unknown and need not be searched
+
+  static std::size_t tail_of(const Verb& verb, const std::string& word) {
+    if (!word.starts_with("-")) return word.npos;
+    std::size_t begin = 1;
+    if (word.starts_with("--")) {
+      begin = word.find('=');
+      if (begin != word.npos) ++begin;
+    } else {
+      const auto is_switch = [&](char letter) {
+        return std::any_of(verb.options.begin(), verb.options.end(), [&](const Option& option) { return option.letter == letter && option.kind == Kind::kSwitch; });
+      };
+      while (begin < word.size() && is_switch(word[begin])) ++begin;
+      if (++begin >= word.size()) begin = word.npos;
+    }
+    return word.size() > kLongestName ? std::min(begin, kLongestName) : begin;
+  }
+
+  std::vector<std::string> seen_, tails_;
+};
+
+// "model" of -model or -model=x where --model exists; "" of any other word.
+std::string name_behind_one_dash(const Verb& verb, const std::string& word) {
+  if (word.size() < 3 || word[0] != '-' || word[1] == '-') return "";
+  const std::string name = word.substr(1, word.find('=') - 1);
+  return find_option(verb, name) ? name : "";
+}
+
+[[noreturn]] void refuse_unknown(const Verb& verb, std::span<const std::string> words, const std::string& option) {
+  std::vector<std::string> known;
+  for (const Option& each : verb.options) known.push_back(each.name);
+  std::string nearest, within;
+  if (option.starts_with("--")) {
+    nearest = nearest_name(option.substr(2), known);
+  } else {
+    for (const std::string& word : words) {
+      if (word.size() < 3 || word[0] != '-' || word[1] == '-' || word.find(option[1]) == word.npos) continue;
+      within = " in " + printable(word);
+      nearest = name_behind_one_dash(verb, word);
+      break;
+    }
+  }
+  Remedy remedy = see_help(verb);
+  if (!option.starts_with("--")) remedy.text += "; a value that begins with a dash goes behind --";
+  fail(ErrorKind::kUsage, verb.name, ": unknown option ", printable(option), within, nearest.empty() ? "" : "; did you mean --" + nearest + "?", remedy);
+}
+
+cxxopts::ParseResult parsed_words(const Verb& verb, std::span<const std::string> words, const CommandWords& hidden) {
+  cxxopts::Options options("alambic " + verb.name);
+  for (const Option& option : verb.options) {
+    auto value = cxxopts::value<std::string>();
+    if (option.kind == Kind::kSwitch) value->implicit_value("");  // takes no next word
+    options.add_options()(option.letter ? std::string(1, option.letter) + "," + option.name : option.name, option.help, value);
+  }
+  // The exceptions tell what was found in their message alone, between these quotes.
+  const auto quoted = [&](const cxxopts::exceptions::exception& error) {
+    const std::string text = error.what();
+    const std::size_t begin = text.find(cxxopts::LQUOTE) + cxxopts::LQUOTE.size();
+    return hidden.whole(text.substr(begin, text.rfind(cxxopts::RQUOTE) - begin));
+  };
+  const auto written = [](const std::string& name) { return (name.size() == 1 ? "-" : "--") + name; };
+  const std::vector<const char*> argv = hidden.argv();
+  try {
+    return options.parse(static_cast<int>(argv.size()), argv.data());
+  } catch (const cxxopts::exceptions::no_such_option& error) {
+    refuse_unknown(verb, words, written(quoted(error)));
+  } catch (const cxxopts::exceptions::invalid_option_syntax& error) {
+    const std::string word = quoted(error);
+    refuse_unknown(verb, words, word.substr(0, word.find('=')));
+  } catch (const cxxopts::exceptions::missing_argument& error) {
+    const std::string name = quoted(error);
+    for (const Option& option : verb.options)
+      if (option.name == name || name == std::string(1, option.letter)) fail(ErrorKind::kUsage, verb.name, ": ", written(name), " needs a value, ", option.value, see_help(verb));
+    throw;
   }
 }
 
@@ -114,74 +231,40 @@ Arguments parse(const Verb& verb, std::span<const std::string> words) {
   Arguments result;
   result.verb_ = verb.name;
   for (const Option& option : verb.options) result.defaults_[option.name] = option.otherwise;
-  const auto by_name = [&](const std::string& name) -> const Option* {
-    for (const Option& option : verb.options)
-      if (option.name == name) return &option;
-    return nullptr;
-  };
-  const auto by_letter = [&](char letter) -> const Option* {
-    for (const Option& option : verb.options)
-      if (option.letter == letter) return &option;
-    return nullptr;
-  };
-  const auto add = [&](const Option& option, const std::string& value) {
-    if (option.kind != Kind::kSwitch) check_value(verb.name, option, value);
-    std::vector<std::string>& values = result.given_[option.name];
-    if (!values.empty() && !option.repeatable && option.kind != Kind::kSwitch)
-      fail(ErrorKind::kUsage, verb.name, ": --", option.name, " is given twice, as ", values.back(), " and as ", value, Remedy{"give it once"});
-    values.push_back(value);
-  };
-  const auto needs_value = [&](const std::string& written, const Option& option) {
-    fail(ErrorKind::kUsage, verb.name, ": ", written, " needs a value, ", option.value, see_help(verb.name));
-  };
 
-  bool only_positionals = false;
-  for (std::size_t i = 0; i < words.size(); ++i) {
-    const std::string& word = words[i];
-    if (only_positionals || word.size() < 2 || word[0] != '-') {
-      result.positionals_.push_back(word);
-    } else if (word == "--") {
-      only_positionals = true;
-    } else if (word[1] == '-') {
-      const std::size_t equals = word.find('=');
-      const std::string name = word.substr(2, equals == word.npos ? word.npos : equals - 2);
-      const Option* option = by_name(name);
-      if (!option) {
-        std::vector<std::string> known;
-        for (const Option& each : verb.options) known.push_back(each.name);
-        const std::string nearest = nearest_name(name, known);
-        fail(ErrorKind::kUsage, verb.name, ": unknown option --", name, nearest.empty() ? "" : "; did you mean --" + nearest + "?", see_help(verb.name));
-      }
-      if (option->kind == Kind::kSwitch) {
-        if (equals != word.npos) fail(ErrorKind::kUsage, verb.name, ": --", name, " takes no value, got ", word.substr(equals + 1), see_help(verb.name));
-        add(*option, "");
-      } else if (equals != word.npos) {
-        add(*option, word.substr(equals + 1));
-      } else {
-        if (i + 1 == words.size()) needs_value("--" + name, *option);
-        add(*option, words[++i]);
-      }
+  const CommandWords hidden(verb, words);
+  const cxxopts::ParseResult parsed = parsed_words(verb, words, hidden);
+  std::set<std::string> values;
+  for (const cxxopts::KeyValue& each : parsed.arguments()) {  // in order, unsplit
+    const Option& option = *find_option(verb, each.key());
+    const std::string value = hidden.whole(each.value());
+    if (option.kind == Kind::kSwitch) {
+      if (!each.value().empty()) fail(ErrorKind::kUsage, verb.name, ": --", option.name, " takes no value, got ", value, see_help(verb));
     } else {
-      for (std::size_t at = 1; at < word.size(); ++at) {
-        const Option* option = by_letter(word[at]);
-        if (!option)
-          fail(ErrorKind::kUsage, verb.name, ": unknown option -", word[at], word.size() > 2 ? " in " + word : "",
-               Remedy{"alambic " + verb.name + " --help lists what it accepts; a value that begins with a dash goes behind --"});
-        if (option->kind == Kind::kSwitch) {
-          add(*option, "");
-          continue;
-        }
-        if (at + 1 < word.size()) add(*option, word.substr(at + 1));
-        else if (i + 1 < words.size()) add(*option, words[++i]);
-        else needs_value(std::string("-") + word[at], *option);
-        break;
-      }
+      values.insert(value);
     }
+  }
+  for (const std::string& word : parsed.unmatched()) result.positionals_.push_back(hidden.whole(word));
+  values.insert(result.positionals_.begin(), result.positionals_.end());
+  for (const std::string& word : words)
+    if (const std::string name = name_behind_one_dash(verb, word); !name.empty() && !values.contains(word))
+      fail(ErrorKind::kUsage, verb.name, ": unknown option ", printable(word), "; did you mean --", name, ", with two dashes?", see_help(verb));
+  for (const cxxopts::KeyValue& each : parsed.arguments()) {
+    const Option& option = *find_option(verb, each.key());
+    const std::string value = hidden.whole(each.value());
+    if (option.kind != Kind::kSwitch) check_value(verb, option, value);
+    std::vector<std::string>& given = result.given_[option.name];
+    if (!given.empty() && !option.repeatable && option.kind != Kind::kSwitch)
+      fail(ErrorKind::kUsage, verb.name, ": --", option.name, " is given twice, as ", given.back(), " and as ", value, Remedy{"give it once"});
+    given.push_back(value);
   }
   if (result.has("help")) return result;  // asked for along with anything, complete or not
 
-  if (result.positionals_.size() > verb.positionals.size())
-    fail(ErrorKind::kUsage, verb.name, ": one argument too many: ", result.positionals_[verb.positionals.size()], Remedy{usage_of(verb)});
+  if (result.positionals_.size() > verb.positionals.size()) {
+    const std::string& surplus = result.positionals_[verb.positionals.size()];
+    const bool sets_a_key = find_option(verb, "set") && surplus.find('=') != surplus.npos;
+    fail(ErrorKind::kUsage, verb.name, ": one argument too many: ", printable(surplus), Remedy{sets_a_key ? "--set " + printable(surplus) + " sets a key of CONFIG" : usage_of(verb)});
+  }
   for (std::size_t i = 0; i < verb.positionals.size(); ++i) {
     const Positional& positional = verb.positionals[i];
     if (i >= result.positionals_.size()) {

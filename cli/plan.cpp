@@ -1,27 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "train/plan.h"
 
-#include <iomanip>
 #include <ostream>
-#include <sstream>
 
+#include "cli/figures.h"
 #include "cli/verbs.h"
 
 namespace alambic::cli {
 namespace {
 
-std::string gigabytes(const Json& bytes) {
-  if (!bytes.is_number()) return "unknown";
-  std::ostringstream text;
-  text << std::fixed << std::setprecision(2) << bytes.get<double>() / 1e9 << " GB";
-  return text.str();
-}
-
-// Numbers and texts of one group, a line each; sizes as gigabytes where `sizes` says so.
-void print_group(std::ostream& out, const std::string& name, const Json& group, bool sizes) {
-  out << name << "\n";
-  for (const auto& [key, value] : group.items())
-    out << "  " << key << ": " << (sizes ? gigabytes(value) : value.is_string() ? printable(value.get<std::string>()) : to_line(value)) << "\n";
+// Texts, counts, rates, times and sizes; the key says which.
+std::string readable(const std::string& group, const std::string& key, const Json& value) {
+  if (group == "memory" || group == "disk" || key.ends_with("memory")) return gigabytes(value);
+  if (value.is_string()) return printable(value.get<std::string>());
+  if (!value.is_number()) return to_line(value);
+  if (key == "seconds") return duration(value.get<double>());
+  return value.is_number_float() && value.get<double>() < 1000 ? figure(value, 1) : grouped(value);
 }
 
 int run_plan(const Arguments& arguments, const Terminal& terminal) {
@@ -38,8 +32,8 @@ int run_plan(const Arguments& arguments, const Terminal& terminal) {
     if (key == "data") {
       out << "data\n";
       for (const Json& store : value) {
-        out << "  " << printable(store.value("use", "")) << ": " << printable(store.value("store", "")) << ", " << to_line(store.value("trained_tokens", Json())) << " trained tokens in "
-            << to_line(store.value("documents", Json())) << " documents\n";
+        out << "  " << printable(store.value("use", "")) << ": " << printable(store.value("store", "")) << ", " << grouped(store.value("trained_tokens", Json())) << " trained tokens in "
+            << grouped(store.value("documents", Json())) << " documents\n";
         for (const Json& source : store.value("sources", Json::array()))
           out << "    " << printable(source.value("name", "")) << ": licence " << (source.value("licence", "").empty() ? "unknown" : printable(source.value("licence", ""))) << "\n";
       }
@@ -49,9 +43,10 @@ int run_plan(const Arguments& arguments, const Terminal& terminal) {
     } else if (key == "warnings") {
       for (const Json& warning : value) out << "warning: " << printable(warning.get<std::string>()) << "\n";
     } else if (value.is_object()) {
-      print_group(out, key, value, key == "memory" || key == "disk");
+      out << key << "\n";
+      for (const auto& [name, each] : value.items()) out << "  " << name << ": " << readable(key, name, each) << "\n";
     } else {
-      out << key << ": " << to_line(value) << "\n";
+      out << key << ": " << (value.is_null() ? "unknown" : readable("", key, value)) << "\n";
     }
   }
   return 0;

@@ -2,6 +2,8 @@
 #include "cli/run.h"
 
 #include <c10/util/Exception.h>
+#include <poll.h>
+#include <unistd.h>
 
 #include <iostream>
 #include <new>
@@ -67,6 +69,12 @@ int dispatch(std::span<const std::string> arguments, const Terminal& terminal) {
   return verb.run(parsed, terminal);
 }
 
+// Whether stdout is a pipe or socket without a reader.
+bool reader_is_gone() {
+  pollfd out{.fd = STDOUT_FILENO, .events = 0, .revents = 0};
+  return ::poll(&out, 1, 0) == 1 && (out.revents & (POLLERR | POLLHUP)) != 0;
+}
+
 }  // namespace
 
 int report_current_exception(std::ostream& err) {
@@ -96,8 +104,9 @@ int run(std::span<const std::string> arguments, const Terminal& terminal) {
   try {
     const int code = dispatch(arguments, terminal);
     terminal.out.flush();
-    // A result that nobody got is no success: a full disk behind "> file", a closed pipe.
-    if (!terminal.out) fail(ErrorKind::kResource, "standard output cannot be written", Remedy{"check the disk or the program that reads it"});
+    if (!terminal.out && &terminal.out == &std::cout && reader_is_gone()) return kReaderIsGone;
+    // A result that nobody got is no success: a full disk behind "> file".
+    if (!terminal.out) fail(ErrorKind::kResource, "standard output cannot be written", Remedy{"check the disk that it goes to"});
     return code;
   } catch (...) {
     terminal.out.flush();

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <ostream>
 
+#include "cli/figures.h"
 #include "cli/verbs.h"
 #include "train/finetune.h"
 #include "train/stop_signals.h"
@@ -22,9 +23,9 @@ int run_train(const Arguments& arguments, const Terminal& terminal) {
                << (report.was_finished ? "; the run was finished already, nothing was done" : "") << "\n";
   if (const auto evaluation = report.json.find("evaluation"); evaluation != report.json.end())
     for (const Json& store : *evaluation) {
-      const auto figure = [&](const char* when, const char* what) { return store.contains(when) && store[when].is_object() && store[when].contains(what) ? to_line(store[when][what]) : "-"; };
-      terminal.out << "  " << printable(store.value("name", "")) << ": bits per byte " << figure("before", "bits_per_byte") << " -> " << figure("after", "bits_per_byte")
-                   << ", loss " << figure("before", "loss") << " -> " << figure("after", "loss") << "\n";
+      const auto of = [&](const char* when, const char* what) { return store.contains(when) && store[when].is_object() ? figure(store[when].value(what, Json()), 4) : "-"; };
+      terminal.out << "  " << printable(store.value("name", "")) << ": bits per byte " << of("before", "bits_per_byte") << " -> " << of("after", "bits_per_byte")
+                   << ", loss " << of("before", "loss") << " -> " << of("after", "loss") << "\n";
     }
   return 0;
 }

@@ -205,7 +205,7 @@ TEST_F(CommandLine, AResultThatCannotBeWrittenIsAnError) {
   std::ostringstream err;
   std::ofstream full("/dev/full");
   EXPECT_EQ(run(std::vector<std::string>{"--help"}, {in, full, err}), 5);
-  EXPECT_EQ(err.str(), "alambic: standard output cannot be written\n  remedy: check the disk or the program that reads it\n");
+  EXPECT_EQ(err.str(), "alambic: standard output cannot be written\n  remedy: check the disk that it goes to\n");
 }
 
 TEST_F(CommandLine, NumbersHaveAPointWhateverTheLocale) {
@@ -464,6 +464,7 @@ TEST_F(CommandLine, ARunFromPlanToMerge) {
   EXPECT_FALSE(trained.err.empty()) << "no progress was shown";
   EXPECT_TRUE(refuses({"train", config}, 2, "run"));                 // the folder is not empty
   EXPECT_EQ(call({"train", config, "--resume", "-q"}).code, 0);      // finished: left alone
+  EXPECT_TRUE(refuses({"train", config, "--resume", "--set", "seed=5"}, 2, "this run was started with other settings or data:\n  seed: 0 then, 5 now"));
 
   const Json evaluated = object_of(call({"evaluate", config, "--json"}));
   EXPECT_EQ(evaluated["stores"][0]["name"], "words");

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include "cli/figures.h"
 #include "tests/support.h"
 
 namespace alambic::cli {
@@ -52,6 +53,19 @@ TEST(Options, DefaultsStandAndRepeatsAdd) {
   EXPECT_FALSE(arguments.has_positional(1));
 }
 
+TEST(Options, AValueMayHoldAnything) {
+  const std::string long_text(120'000, 'x');
+  for (const std::string& text : {std::string("a,b"), std::string("line\nbreak"), std::string("--model=x"), std::string("-m"), std::string("0.5"), std::string("\x01" "2"), std::string("\x01"),
+                                  std::string("caf\xc3\xa9"), std::string("\xff"), std::string("="), std::string(" "), long_text}) {
+    EXPECT_EQ(parsed({"in", "-m", "m", "--stop", text}).texts("stop"), std::vector<std::string>{text});
+    EXPECT_EQ(parsed({"in", "-m", "m", "--stop=" + text}).texts("stop"), std::vector<std::string>{text});
+    EXPECT_EQ(parsed({"in", "-m" + text}).text("model"), text);
+    EXPECT_EQ(parsed({"in", "-qm" + text}).text("model"), text);
+    EXPECT_EQ(parsed({"-m", "m", "--", text}).positionals(), std::vector<std::string>{text});
+  }
+  EXPECT_EQ(parsed({"line\nbreak", "-m", "m"}).positionals(), std::vector<std::string>{"line\nbreak"});
+}
+
 TEST(Options, DashesBehindTheDoubleDashAndAloneArePositional) {
   EXPECT_EQ(parsed({"-m", "m", "--", "--count", "fast"}).positionals(), (std::vector<std::string>{"--count", "fast"}));
   EXPECT_EQ(parsed({"-m", "m", "-"}).positionals(), std::vector<std::string>{"-"});
@@ -63,6 +77,16 @@ TEST(Options, EveryMistakeIsNamed) {
     const char* said;
   } cases[] = {
       {{"in", "--modle", "m"}, "sample: unknown option --modle; did you mean --model? / alambic sample --help"},
+      {{"in", "-model", "m"}, "sample: unknown option -model; did you mean --model, with two dashes? / "},
+      {{"in", "-model=m"}, "sample: unknown option -model=m; did you mean --model, with two dashes?"},
+      {{"in", "-type", "f32"}, "sample: unknown option -t in -type; did you mean --type?"},
+      {{"in", "--m", "m"}, "sample: unknown option --m / "},
+      {{"in", "--=x"}, "sample: unknown option -- / "},
+      {{"in", "-?"}, "sample: unknown option -? / "},
+      {{"in", "-5"}, "sample: unknown option -5 / alambic sample --help lists what it accepts; a value that begins with a dash goes behind --"},
+      {{"in", "-m", "m", "--quiet="}, "sample: --quiet takes no value, got "},
+      {{"in", "--" + std::string(100'000, 'a')}, "sample: unknown option --aaaa"},
+      {{"in", "-" + std::string(100'000, 'z')}, "sample: unknown option -z in -zzzz"},
       {{"in", "--zzzzzz"}, "sample: unknown option --zzzzzz / "},
       {{"in", "-x"}, "sample: unknown option -x / "},
       {{"in", "-qx", "-m", "m"}, "sample: unknown option -x in -qx"},
@@ -91,6 +115,31 @@ TEST(Options, EveryMistakeIsNamed) {
 }
 
 TEST(Options, HelpIsAskedForAlongWithAnything) { EXPECT_TRUE(parsed({"-h"}).has("help")); }
+
+TEST(Options, KeysOfAConfigLeadToSet) {
+  Verb verb = sample_verb();
+  verb.options.push_back({.name = "set", .kind = Kind::kText, .value = "KEY=VALUE", .help = "keys", .repeatable = true});
+  const auto fails = [&](const std::vector<std::string>& words, const std::string& said) { return fails_with(ErrorKind::kUsage, said, [&] { parse(verb, words); }); };
+  EXPECT_TRUE(fails({"in", "fast", "seed=3", "-m", "m"}, "one argument too many: seed=3 / --set seed=3 sets a key of CONFIG"));
+  EXPECT_TRUE(fails({"in", "-m", "m", "--lora.rank", "8"}, "unknown option --lora.rank / alambic sample --help lists what it accepts; --set KEY=VALUE sets a key of CONFIG"));
+  EXPECT_EQ(parse(verb, std::vector<std::string>{"in", "-m", "m", "--set", "a=[x, y]", "--set=b=c=d"}).texts("set"), (std::vector<std::string>{"a=[x, y]", "b=c=d"}));
+}
+
+TEST(Figures, AreReadable) {
+  EXPECT_EQ(figure(20.356592079520727, 1), "20.4");
+  EXPECT_EQ(figure(nullptr, 1), "-");
+  EXPECT_EQ(grouped(59700.0), "59,700");
+  EXPECT_EQ(grouped(999), "999");
+  EXPECT_EQ(grouped(-1000000), "-1,000,000");
+  EXPECT_EQ(gigabytes(2'345'678'901), "2.35 GB");
+  EXPECT_EQ(gigabytes(nullptr), "unknown");
+  EXPECT_EQ(duration(7.26), "7.3 s");
+  EXPECT_EQ(duration(59.99), "60.0 s");
+  EXPECT_EQ(duration(2932.7), "48 m 53 s");
+  EXPECT_EQ(duration(3599.8), "1 h 0 m");
+  EXPECT_EQ(duration(3 * 3600 + 5 * 60 + 31), "3 h 5 m");
+  EXPECT_EQ(duration(2 * 86400 + 4 * 3600), "2 d 4 h");
+}
 
 TEST(Options, ExclusiveOptions) {
   const Arguments both = parsed({"in", "-m", "m", "--stop", "x", "-q"});

@@ -6,6 +6,7 @@ usage: program_test.py ALAMBIC
 """
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,12 +36,23 @@ class Program(unittest.TestCase):
         self.assertEqual(done.returncode, 5)
         self.assertIn(b"standard output cannot be written", done.stderr)
 
-    def test_a_reader_that_went_away_is_an_error_and_no_signal(self):
-        read_end, write_end = os.pipe()
-        os.close(read_end)
-        done = run("man", stdout=write_end)
-        os.close(write_end)
-        self.assertEqual(done.returncode, 5)
+    def test_a_reader_that_went_away_ends_it_quietly(self):
+        for words in (("man",), ("train", "--help"), ("doctor", "--json")):
+            read_end, write_end = os.pipe()
+            os.close(read_end)
+            done = run(*words, stdout=write_end)
+            os.close(write_end)
+            self.assertEqual((done.returncode, done.stderr), (-signal.SIGPIPE, b""), words)
+        piped = subprocess.run(["bash", "-c", '"$0" train --help | head -n 1; echo "${PIPESTATUS[0]}"', ALAMBIC], capture_output=True, timeout=120)
+        self.assertEqual(piped.stderr, b"")
+        self.assertIn(piped.stdout.splitlines()[1], (b"0", b"141"))  # 0: all was in the pipe before head closed it
+
+    def test_long_values_and_line_breaks_in_one_word(self):
+        long = "w4 " * 40_000  # 120 kB; the kernel allows 128 KiB a word
+        for word in ("--text=" + long, "--text=a\nb", "-" + "q" * 100_000, "-m" + long, "--" + "a" * 100_000, "--" + "a-" * 40_000 + "=x"):
+            done = run("score", "-m", "/no/such/model", word)
+            self.assertIn(done.returncode, (2, 3), (word[:20], done.stderr[-200:]))
+            self.assertTrue(done.stderr.startswith(b"alambic: "), word[:20])
 
     def test_an_empty_environment(self):
         done = run("doctor", "--json", env={})  # no HOME, no PATH, no LANG
