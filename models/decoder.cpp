@@ -10,6 +10,7 @@
 
 #include "core/error.h"
 #include "models/attention.h"
+#include "models/fused_blocks.h"
 #include "models/generate.h"
 #include "models/norm.h"
 #include "models/rope.h"
@@ -170,16 +171,17 @@ Decoder make_decoder(const ModelConfig& config) {
 
 at::Tensor Decoder::hidden_TD(const Input& input) const {
   check_input(*this, input);
-  const double offset = config.family->norm_weight_offset, epsilon = config.norm_epsilon;
-  Pass pass{input, Documents(input.document_lengths), rotary_table(config.rope, input.positions_T, input.document_lengths), {}, compute_type()};
-  if (config.family->local_rope_theta != 0) pass.local_rope = rotary_table(config.local_rope, input.positions_T, input.document_lengths);
-
   at::Tensor h_TD = at::embedding(embedding_VD, input.tokens_T, config.pad_id).to(at::kFloat);
   if (config.family->scale_embedding) {
     // Gemma multiplies in the embedding's type; in bf16 sqrt(hidden size) is rounded with it.
     const double scale = std::sqrt(static_cast<double>(config.hidden_size));
     h_TD = h_TD * (embedding_VD.scalar_type() == at::kBFloat16 ? static_cast<double>(at::BFloat16(static_cast<float>(scale))) : scale);
   }
+  if (fused && input.cache == nullptr) return fused_hidden_TD(*this, input, h_TD);
+
+  const double offset = config.family->norm_weight_offset, epsilon = config.norm_epsilon;
+  Pass pass{input, Documents(input.document_lengths), rotary_table(config.rope, input.positions_T, input.document_lengths), {}, compute_type()};
+  if (config.family->local_rope_theta != 0) pass.local_rope = rotary_table(config.local_rope, input.positions_T, input.document_lengths);
   for (std::size_t layer = 0; layer < blocks.size(); ++layer) {
     const Block& block = blocks[layer];
     const auto norm = [&](Slot slot, const at::Tensor& x_TD, at::ScalarType type) { return rms_norm(x_TD, block.norms.at(slot), offset, epsilon, type); };

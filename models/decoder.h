@@ -20,6 +20,14 @@ struct KeyValueCache;  // models/generate.h
 struct Block {
   std::map<Slot, Linear> linears;      // kQuery .. kDown, as the family has them
   std::map<Slot, at::Tensor> norms;    // kAttentionNorm ..., f32 [size]
+  std::map<Slot, at::Tensor> grouped;  // first slot of a group -> its weights in one tensor (models/fused_blocks.h)
+};
+
+/// What the fused blocks keep between forward and backward; the rest is computed again. Less memory, more time, the same bits.
+enum class Keep {
+  kAll,     // "store"
+  kNoMlp,   // "mlp": the gate and up projections are computed again
+  kInputs,  // "block": only each block's input is kept
 };
 
 /// What a forward pass reads besides the weights.
@@ -52,6 +60,8 @@ struct Decoder {
   at::Tensor final_norm_D;
   Linear head;             // head.weight_OI is the same tensor object as embedding_VD where the head is tied
   bool head_tied = false;  // false after training made the two differ
+  bool fused = false;      // set by use_fused_blocks(): passes without a key-value cache take the fused path
+  Keep keep = Keep::kAll;
 
   /// Final, normalised hidden states, in the compute type; differentiable where something is trained. The residual stream,
   /// norms, rotation and softmax are f32; nothing is computed backwards below the lowest tensor that trains.

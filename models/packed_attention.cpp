@@ -1,0 +1,482 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "models/packed_attention.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "core/error.h"
+#include "core/vectorised.h"
+#include "models/product.h"
+#include "models/row_kernels.h"
+
+namespace alambic::models {
+namespace {
+
+using at::BFloat16;
+using kernels::fast_exp;
+
+constexpr std::int64_t kQueries = 32;    // tokens of a query tile: R = 32 G rows, always a multiple of the vector width
+constexpr std::int64_t kLanes = 32;      // columns that a loop keeps in registers
+constexpr std::int64_t kKeyRound = 32;   // keys of a tile are rounded up to this, so that few tile shapes exist
+constexpr float kHidden = -1e30f;        // stands for -infinity, without making NaN of a tile that hides everything
+constexpr std::int64_t kSplitTokens = 1024;  // a document longer than this has its backward pass cut into kSplits shares
+constexpr std::int64_t kSplits = 4;
+
+std::int64_t keys_in_tile(std::int64_t rows) { return rows <= 128 ? 256 : rows <= 256 ? 128 : 64; }
+
+struct Unit {  // a share of the work that one thread does alone
+  std::int64_t first, end;  // tokens of the document
+  std::int64_t head;
+  std::int64_t q0 = 0;                  // forward: first token of the query tile
+  std::int64_t split = 0, splits = 1;   // backward: takes the query tiles of its split
+  double cost = 0;
+};
+
+// Runs units so that threads finish together: the costliest first, each to the thread with the least work. Where a unit runs
+// does not change what it computes.
+template <class Run>
+void run_balanced(std::vector<Unit>& units, const Run& run) {
+  std::stable_sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) { return a.cost > b.cost; });
+  const auto threads = static_cast<std::size_t>(std::max(1, at::get_num_threads()));
+  std::vector<std::vector<const Unit*>> shares(threads);
+  std::vector<double> load(threads, 0);
+  for (const Unit& unit : units) {
+    const auto least = static_cast<std::size_t>(std::min_element(load.begin(), load.end()) - load.begin());
+    shares[least].push_back(&unit);
+    load[least] += unit.cost;
+  }
+  at::parallel_for(0, static_cast<std::int64_t>(threads), 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i)
+      for (const Unit* unit : shares[static_cast<std::size_t>(i)]) run(*unit);
+  });
+}
+
+// Memory of one thread, kept between calls.
+float* scratch(std::size_t slot, std::int64_t count) {
+  static thread_local std::vector<std::vector<float>> buffers(12);
+  std::vector<float>& buffer = buffers[slot];
+  if (buffer.size() < static_cast<std::size_t>(count)) buffer = std::vector<float>(static_cast<std::size_t>(count));
+  return buffer.data();
+}
+
+inline float load(const float* p) { return *p; }
+inline float load(const BFloat16* p) { return static_cast<float>(*p); }
+inline void store(float* p, float value) { *p = value; }
+inline void store(BFloat16* p, float value) { *p = static_cast<BFloat16>(value); }
+
+// s [keys, R]: what a query must not see becomes kHidden. Column i is query q0 + i / G, row j is key k0 + j.
+ALAMBIC_VECTORISED void hide(float* s, std::int64_t keys, std::int64_t R, std::int64_t k0, std::int64_t q0, std::int64_t G, std::int64_t window) {
+  for (std::int64_t j = 0; j < keys; ++j) {
+    const std::int64_t key = k0 + j;
+    const std::int64_t early = std::clamp<std::int64_t>((key - q0) * G, 0, R);  // queries before the key
+    float* const row = s + j * R;
+    for (std::int64_t i = 0; i < early; ++i) row[i] = kHidden;
+    if (window > 0) {
+      const std::int64_t late = std::clamp<std::int64_t>((key + window - q0) * G, 0, R);
+      for (std::int64_t i = late; i < R; ++i) row[i] = kHidden;
+    }
+  }
+}
+
+ALAMBIC_VECTORISED void cap(float* s, std::int64_t count, float soft_cap) {
+  const float twice = 2.0f / soft_cap;
+#pragma omp simd
+  for (std::int64_t i = 0; i < count; ++i) s[i] = soft_cap * (1.0f - 2.0f / (1.0f + fast_exp(twice * s[i])));  // tanh
+}
+
+// One tile of the running softmax: s [keys, R] becomes exp(s - m); m, l [R] are brought up to date; factor [R] is what the sums
+// so far shrink by. Returns whether any factor is not 1.
+ALAMBIC_VECTORISED bool softmax_tile(float* s, std::int64_t keys, std::int64_t R, float* m, float* l, float* factor) {
+  bool shrinks = false;
+  for (std::int64_t c = 0; c < R; c += kLanes) {
+    float highest[kLanes], sum[kLanes];
+    for (std::int64_t i = 0; i < kLanes; ++i) highest[i] = m[c + i], sum[i] = 0;
+    for (std::int64_t j = 0; j < keys; ++j) {
+      const float* const row = s + j * R + c;
+#pragma omp simd
+      for (std::int64_t i = 0; i < kLanes; ++i) highest[i] = row[i] > highest[i] ? row[i] : highest[i];
+    }
+    for (std::int64_t j = 0; j < keys; ++j) {
+      float* const row = s + j * R + c;
+#pragma omp simd
+      for (std::int64_t i = 0; i < kLanes; ++i) {
+        row[i] = fast_exp(row[i] - highest[i]);
+        sum[i] += row[i];
+      }
+    }
+    for (std::int64_t i = 0; i < kLanes; ++i) {
+      const float shrink = fast_exp(m[c + i] - highest[i]);
+      factor[c + i] = shrink;
+      l[c + i] = l[c + i] * shrink + sum[i];
+      shrinks = shrinks || !(shrink == 1.0f);
+      m[c + i] = highest[i];
+    }
+  }
+  return shrinks;
+}
+
+ALAMBIC_VECTORISED void scale_columns(float* acc, std::int64_t rows, std::int64_t R, const float* factor) {
+  for (std::int64_t s = 0; s < rows; ++s) {
+    float* const row = acc + s * R;
+#pragma omp simd
+    for (std::int64_t i = 0; i < R; ++i) row[i] *= factor[i];
+  }
+}
+
+// p, d [keys, R]: scores become probabilities, gradients of probabilities become those of scores.
+ALAMBIC_VECTORISED void backward_tile(float* p, float* d, std::int64_t keys, std::int64_t R, const float* lse, const float* delta, float soft_cap) {
+  const float per_cap = soft_cap > 0 ? 1.0f / soft_cap : 0.0f;
+  for (std::int64_t c = 0; c < R; c += kLanes) {
+    float norm[kLanes], mean[kLanes];
+    for (std::int64_t i = 0; i < kLanes; ++i) norm[i] = lse[c + i], mean[i] = delta[c + i];
+    for (std::int64_t j = 0; j < keys; ++j) {
+      float *const pr = p + j * R + c, *const dr = d + j * R + c;
+      if (soft_cap > 0) {
+#pragma omp simd
+        for (std::int64_t i = 0; i < kLanes; ++i) {
+          const float share = pr[i] * per_cap, q = fast_exp(pr[i] - norm[i]);
+          // What is hidden has q = 0; its share is not a tanh, so it must not reach the product.
+          dr[i] = q > 0.0f ? q * (dr[i] - mean[i]) * (1.0f - share * share) : 0.0f;
+          pr[i] = q;
+        }
+      } else {
+#pragma omp simd
+        for (std::int64_t i = 0; i < kLanes; ++i) {
+          const float q = fast_exp(pr[i] - norm[i]);
+          dr[i] = q * (dr[i] - mean[i]);
+          pr[i] = q;
+        }
+      }
+    }
+  }
+}
+
+// to[c][r] = from[r][c].
+ALAMBIC_VECTORISED void transpose(const float* from, std::int64_t ld_from, float* to, std::int64_t ld_to, std::int64_t rows, std::int64_t columns) {
+  constexpr std::int64_t kBlock = 16;
+  for (std::int64_t r0 = 0; r0 < rows; r0 += kBlock)
+    for (std::int64_t c0 = 0; c0 < columns; c0 += kBlock) {
+      const std::int64_t r1 = std::min(rows, r0 + kBlock), c1 = std::min(columns, c0 + kBlock);
+      for (std::int64_t c = c0; c < c1; ++c)
+        for (std::int64_t r = r0; r < r1; ++r) to[c * ld_to + r] = from[r * ld_from + c];
+    }
+}
+
+std::int64_t rounded_keys(std::int64_t keys) { return (keys + kKeyRound - 1) / kKeyRound * kKeyRound; }
+
+template <class T>
+at::Tensor forward(const AttentionShape& shape, const AttentionHeads& heads, at::Tensor& out_TQ) {
+  const std::int64_t K = shape.kv_heads, G = shape.group, S = shape.head_size, R = kQueries * G, padded = padded_tokens(shape.tokens), ld_out = out_TQ.stride(0);
+  const std::int64_t most_keys = keys_in_tile(R);
+  at::Tensor lse_KR = at::empty({K, padded * G}, at::kFloat);
+  const float *const qt = heads.qt_KSR.const_data_ptr<float>(), *const k = heads.k_KTS.const_data_ptr<float>(), *const vt = heads.vt_KST.const_data_ptr<float>();
+  float* const lse = lse_KR.mutable_data_ptr<float>();
+  T* const out = out_TQ.mutable_data_ptr<T>();
+
+  std::vector<Unit> units;
+  std::int64_t first = 0;
+  for (const std::int64_t length : shape.document_lengths) {
+    for (std::int64_t q0 = first; q0 < first + length; q0 += kQueries)
+      for (std::int64_t head = 0; head < K; ++head) {
+        const std::int64_t q1 = std::min(first + length, q0 + kQueries), k0 = shape.window > 0 ? std::max(first, q0 - shape.window + 1) : first;
+        units.push_back({.first = first, .end = first + length, .head = head, .q0 = q0, .cost = static_cast<double>(q1 - k0) + 8});
+      }
+    first += length;
+  }
+  run_balanced(units, [&](const Unit& unit) {
+    const std::int64_t q0 = unit.q0, q1 = std::min(unit.end, q0 + kQueries);
+    float *const s = scratch(0, most_keys * R), *const acc = scratch(1, S * R), *const m = scratch(2, 3 * R), *const l = m + R, *const factor = m + 2 * R;
+    std::fill(m, m + R, kHidden);
+    std::fill(l, l + R, 0.0f);
+    const float* const queries = qt + (unit.head * S * padded + q0) * G;
+    const std::int64_t begin = shape.window > 0 ? std::max(unit.first, q0 - shape.window + 1) : unit.first;
+    for (std::int64_t k0 = begin; k0 < q1; k0 += most_keys) {
+      const std::int64_t keys = rounded_keys(std::min(most_keys, q1 - k0));
+      tile_product(keys, R, S, k + (unit.head * padded + k0) * S, S, queries, padded * G, s, R, false);
+      if (shape.soft_cap > 0) cap(s, keys * R, static_cast<float>(shape.soft_cap));
+      if (k0 + keys > q0 || (shape.window > 0 && k0 + shape.window < q0 + kQueries)) hide(s, keys, R, k0, q0, G, shape.window);
+      const bool shrinks = softmax_tile(s, keys, R, m, l, factor);
+      if (shrinks && k0 > begin) scale_columns(acc, S, R, factor);
+      tile_product(S, R, keys, vt + unit.head * S * padded + k0, padded, s, R, acc, R, k0 > begin);
+    }
+    for (std::int64_t i = 0; i < R; ++i) factor[i] = 1.0f / l[i];
+    scale_columns(acc, S, R, factor);
+    float* const turned = scratch(3, R * S);
+    transpose(acc, R, turned, S, S, R);
+    for (std::int64_t t = q0; t < q1; ++t)
+      for (std::int64_t g = 0; g < G; ++g) {
+        const std::int64_t i = (t - q0) * G + g;
+        kernels::copy_rows(turned + i * S, S, out + t * ld_out + (unit.head * G + g) * S, S, 1, S);
+        lse[unit.head * padded * G + t * G + g] = m[i] + std::log(l[i]);
+      }
+  });
+  return lse_KR;
+}
+
+template <class T>
+AttentionGradients backward(const AttentionShape& shape, const AttentionHeads& heads, const at::Tensor& out_TQ, const at::Tensor& lse_KR, const at::Tensor& d_out_TQ) {
+  const std::int64_t K = shape.kv_heads, G = shape.group, S = shape.head_size, R = kQueries * G, padded = padded_tokens(shape.tokens);
+  const std::int64_t ld_out = out_TQ.stride(0), ld_d = d_out_TQ.stride(0), most_keys = keys_in_tile(R);
+  const auto data = [](const at::Tensor& tensor) { return tensor.const_data_ptr<float>(); };
+  const float *const q = data(heads.q_KRS), *const qt = data(heads.qt_KSR), *const k = data(heads.k_KTS), *const kt = data(heads.kt_KST), *const v = data(heads.v_KTS),
+                    *const lse = data(lse_KR);
+  const T *const out = out_TQ.const_data_ptr<T>(), *const d_out = d_out_TQ.const_data_ptr<T>();
+  AttentionGradients result{.q_KRS = at::empty({K, padded * G, S}, at::kFloat), .k_KTS = at::empty({K, padded, S}, at::kFloat), .v_KTS = at::empty({K, padded, S}, at::kFloat)};
+  float *const dq = result.q_KRS.mutable_data_ptr<float>(), *const dk = result.k_KTS.mutable_data_ptr<float>(), *const dv = result.v_KTS.mutable_data_ptr<float>();
+
+  std::vector<Unit> units;
+  std::int64_t first = 0;
+  bool is_split = false;
+  for (const std::int64_t length : shape.document_lengths) {
+    const std::int64_t splits = length > kSplitTokens ? kSplits : 1;
+    is_split = is_split || splits > 1;
+    const double seen = static_cast<double>(shape.window > 0 ? std::min(length, shape.window) : length);
+    for (std::int64_t head = 0; head < K; ++head)
+      for (std::int64_t split = 0; split < splits; ++split)
+        units.push_back({.first = first, .end = first + length, .head = head, .split = split, .splits = splits, .cost = static_cast<double>(length) * seen / static_cast<double>(splits)});
+    first += length;
+  }
+  // The first split of a document writes to the result, the others to places of their own, which are added in order.
+  const at::Tensor more = is_split ? at::empty({kSplits - 1, 2, K, padded, S}, at::kFloat) : at::Tensor();
+  float* const others = is_split ? more.mutable_data_ptr<float>() : nullptr;
+  const std::int64_t plane = K * padded * S;
+
+  run_balanced(units, [&](const Unit& unit) {
+    const std::int64_t length = unit.end - unit.first, room = length + most_keys;
+    float *const s = scratch(0, most_keys * R), *const d = scratch(1, most_keys * R), *const og = scratch(2, R * S), *const ogt = scratch(3, R * S),
+               *const delta = scratch(4, R), *const dqt = scratch(5, R * S), *const norm = scratch(8, R);
+    // Keys of a tile may reach into the next document, whose gradients another thread may be adding to: so these are our own.
+    float *const own_dk = scratch(6, room * S), *const own_dv = scratch(7, room * S);
+    std::fill(own_dk, own_dk + room * S, 0.0f);
+    std::fill(own_dv, own_dv + room * S, 0.0f);
+    const std::int64_t tiles = (length + kQueries - 1) / kQueries, round = 2 * unit.splits;
+    for (std::int64_t tile = 0; tile < tiles; ++tile) {
+      const std::int64_t turn = tile % round;  // there and back, so that each split gets as many long tiles as short ones
+      if ((turn < unit.splits ? turn : round - 1 - turn) != unit.split) continue;
+      const std::int64_t q0 = unit.first + tile * kQueries, q1 = std::min(unit.end, q0 + kQueries), valid = (q1 - q0) * G;
+      std::fill(og + valid * S, og + R * S, 0.0f);
+      for (std::int64_t t = q0; t < q1; ++t)
+        for (std::int64_t g = 0; g < G; ++g) {
+          const std::int64_t i = (t - q0) * G + g, column = (unit.head * G + g) * S;
+          kernels::copy_rows(d_out + t * ld_d + column, S, og + i * S, S, 1, S);
+          const T* const o = out + t * ld_out + column;
+          float sum = 0;
+#pragma omp simd reduction(+ : sum)
+          for (std::int64_t x = 0; x < S; ++x) sum += og[i * S + x] * load(o + x);
+          delta[i] = sum;
+          norm[i] = lse[(unit.head * padded + t) * G + g];
+        }
+      // Rows behind the document's end: probabilities of 0.
+      std::fill(norm + valid, norm + R, -kHidden);
+      std::fill(delta + valid, delta + R, 0.0f);
+      transpose(og, S, ogt, R, R, S);
+      const float *const queries = q + (unit.head * padded + q0) * G * S, *const queries_t = qt + (unit.head * S * padded + q0) * G;
+      const std::int64_t begin = shape.window > 0 ? std::max(unit.first, q0 - shape.window + 1) : unit.first;
+      for (std::int64_t k0 = begin; k0 < q1; k0 += most_keys) {
+        const std::int64_t keys = rounded_keys(std::min(most_keys, q1 - k0)), at_key = (unit.head * padded + k0) * S;
+        tile_product(keys, R, S, k + at_key, S, queries_t, padded * G, s, R, false);
+        tile_product(keys, R, S, v + at_key, S, ogt, R, d, R, false);
+        if (shape.soft_cap > 0) cap(s, keys * R, static_cast<float>(shape.soft_cap));
+        if (k0 + keys > q0 || (shape.window > 0 && k0 + shape.window < q0 + kQueries)) hide(s, keys, R, k0, q0, G, shape.window);
+        backward_tile(s, d, keys, R, norm, delta, static_cast<float>(shape.soft_cap));
+        tile_product(keys, S, R, s, R, og, S, own_dv + (k0 - unit.first) * S, S, true);
+        tile_product(keys, S, R, d, R, queries, S, own_dk + (k0 - unit.first) * S, S, true);
+        tile_product(S, R, keys, kt + unit.head * S * padded + k0, padded, d, R, dqt, R, k0 > begin);
+      }
+      transpose(dqt, R, og, S, S, R);
+      std::memcpy(dq + (unit.head * padded + q0) * G * S, og, static_cast<std::size_t>(valid * S) * sizeof(float));
+    }
+    float *const to_k = unit.split == 0 ? dk : others + (2 * (unit.split - 1)) * plane, *const to_v = unit.split == 0 ? dv : others + (2 * (unit.split - 1) + 1) * plane;
+    const std::int64_t place = (unit.head * padded + unit.first) * S;
+    std::memcpy(to_k + place, own_dk, static_cast<std::size_t>(length * S) * sizeof(float));
+    std::memcpy(to_v + place, own_dv, static_cast<std::size_t>(length * S) * sizeof(float));
+  });
+  first = 0;
+  for (const std::int64_t length : shape.document_lengths) {
+    if (length > kSplitTokens)
+      at::parallel_for(0, K, 1, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t head = begin; head < end; ++head)
+          for (std::int64_t split = 0; split + 1 < kSplits; ++split) {
+            const std::int64_t place = (head * padded + first) * S;
+            kernels::add_rows(dk + place, others + 2 * split * plane + place, S, dk + place, length, S);
+            kernels::add_rows(dv + place, others + (2 * split + 1) * plane + place, S, dv + place, length, S);
+          }
+      });
+    first += length;
+  }
+  return result;
+}
+
+// x [S], in place: rotated forwards, or with `back` as a gradient flows: the transposed rotation.
+inline void rotate_row(float* x, const float* cosine, const float* sine, std::int64_t pairs, bool back) {
+  const float sign = back ? -1.0f : 1.0f;
+#pragma omp simd
+  for (std::int64_t i = 0; i < pairs; ++i) {
+    const float a = x[i], b = x[i + pairs], c = cosine[i], s = sign * sine[i];
+    x[i] = a * c - b * s;
+    x[i + pairs] = b * c + a * s;
+  }
+}
+
+template <class T>
+ALAMBIC_VECTORISED void transform_rows(const T* from, std::int64_t ld, const float* norm, float epsilon, const float* cosine, const float* sine, std::int64_t pairs,
+                                       float scale, float* to, std::int64_t ld_to, std::int64_t rows, std::int64_t S) {
+  for (std::int64_t t = 0; t < rows; ++t) {
+    const T* const x = from + t * ld;
+    float* const y = to + t * ld_to;
+    float factor = scale;
+    if (norm != nullptr) {
+      float sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (std::int64_t i = 0; i < S; ++i) sum += load(x + i) * load(x + i);
+      factor /= std::sqrt(sum / static_cast<float>(S) + epsilon);
+#pragma omp simd
+      for (std::int64_t i = 0; i < S; ++i) y[i] = load(x + i) * factor * norm[i];
+    } else {
+#pragma omp simd
+      for (std::int64_t i = 0; i < S; ++i) y[i] = load(x + i) * factor;
+    }
+    if (pairs > 0) rotate_row(y, cosine + t * pairs, sine + t * pairs, pairs, false);
+  }
+}
+
+// d [rows, S] f32, changed on the way: gradients behind the transform become those before it, in `to`.
+template <class T>
+ALAMBIC_VECTORISED void transform_backward_rows(const T* from, std::int64_t ld, const float* norm, float epsilon, const float* cosine, const float* sine, std::int64_t pairs,
+                                                float scale, float* d, std::int64_t ld_d, T* to, std::int64_t ld_to, float* d_norm, std::int64_t rows, std::int64_t S) {
+  for (std::int64_t t = 0; t < rows; ++t) {
+    float* const g = d + t * ld_d;
+    if (pairs > 0) rotate_row(g, cosine + t * pairs, sine + t * pairs, pairs, true);
+    T* const result = to + t * ld_to;
+    if (norm == nullptr) {
+#pragma omp simd
+      for (std::int64_t i = 0; i < S; ++i) store(result + i, g[i] * scale);
+      continue;
+    }
+    const T* const x = from + t * ld;
+    float sum = 0, dot = 0;
+#pragma omp simd reduction(+ : sum, dot)
+    for (std::int64_t i = 0; i < S; ++i) {
+      sum += load(x + i) * load(x + i);
+      dot += g[i] * norm[i] * load(x + i);
+    }
+    const float rstd = 1.0f / std::sqrt(sum / static_cast<float>(S) + epsilon), along = dot * rstd * rstd / static_cast<float>(S);
+    if (d_norm != nullptr) {
+#pragma omp simd
+      for (std::int64_t i = 0; i < S; ++i) d_norm[i] += g[i] * scale * load(x + i) * rstd;
+    }
+#pragma omp simd
+    for (std::int64_t i = 0; i < S; ++i) store(result + i, scale * rstd * (g[i] * norm[i] - load(x + i) * along));
+  }
+}
+
+template <class T>
+void split(const AttentionShape& shape, const at::Tensor& qkv_TN, const HeadTransform& transform, AttentionHeads& heads, bool backward) {
+  const std::int64_t K = shape.kv_heads, G = shape.group, S = shape.head_size, padded = padded_tokens(shape.tokens), ld = qkv_TN.stride(0);
+  const T* const qkv = qkv_TN.const_data_ptr<T>();
+  const auto data = [](at::Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr<float>() : nullptr; };
+  float *const q = data(heads.q_KRS), *const qt = data(heads.qt_KSR), *const k = data(heads.k_KTS), *const kt = data(heads.kt_KST), *const v = data(heads.v_KTS),
+               *const vt = data(heads.vt_KST);
+  const std::int64_t blocks = (shape.tokens + kQueries - 1) / kQueries;
+  at::parallel_for(0, blocks * K, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t unit = begin; unit < end; ++unit) {
+      const std::int64_t head = unit % K, t0 = unit / K * kQueries, rows = std::min(kQueries, shape.tokens - t0);
+      const float *const cosine = transform.cos_TF + t0 * transform.pairs, *const sine = transform.sin_TF + t0 * transform.pairs;
+      const std::int64_t pairs = transform.cos_TF == nullptr ? 0 : transform.pairs;
+      // Queries: row t * G + g.
+      float* const queries = q != nullptr ? q + (head * padded + t0) * G * S : scratch(9, kQueries * G * S);
+      for (std::int64_t g = 0; g < G; ++g)
+        transform_rows(qkv + t0 * ld + (head * G + g) * S, ld, transform.query_norm, transform.epsilon, cosine, sine, pairs, transform.scale, queries + g * S, G * S, rows, S);
+      transpose(queries, S, qt + (head * S * padded + t0) * G, padded * G, rows * G, S);
+      float* const keys = k + (head * padded + t0) * S;
+      transform_rows(qkv + t0 * ld + (K * G + head) * S, ld, transform.key_norm, transform.epsilon, cosine, sine, pairs, 1.0f, keys, S, rows, S);
+      if (backward) transpose(keys, S, kt + head * S * padded + t0, padded, rows, S);
+      float* const values = v != nullptr ? v + (head * padded + t0) * S : scratch(10, kQueries * S);
+      kernels::copy_rows(qkv + t0 * ld + (K * G + K + head) * S, ld, values, S, rows, S);
+      if (!backward) transpose(values, S, vt + head * S * padded + t0, padded, rows, S);
+    }
+  });
+}
+
+template <class T>
+void merge_gradients(const AttentionShape& shape, const at::Tensor& qkv_TN, const HeadTransform& transform, const AttentionGradients& gradients, at::Tensor& d_qkv_TN,
+                     const at::Tensor& d_query_norm_S, const at::Tensor& d_key_norm_S) {
+  const std::int64_t K = shape.kv_heads, G = shape.group, S = shape.head_size, padded = padded_tokens(shape.tokens), ld = qkv_TN.stride(0), ld_d = d_qkv_TN.stride(0);
+  const T* const qkv = qkv_TN.const_data_ptr<T>();
+  T* const d_qkv = d_qkv_TN.mutable_data_ptr<T>();
+  float *const dq = gradients.q_KRS.mutable_data_ptr<float>(), *const dk = gradients.k_KTS.mutable_data_ptr<float>(), *const dv = gradients.v_KTS.mutable_data_ptr<float>();
+  const std::int64_t blocks = (shape.tokens + kQueries - 1) / kQueries;
+  // Gradients of the norms' weights: a sum a block and head, added in order afterwards.
+  const bool trains_norms = d_query_norm_S.defined() || d_key_norm_S.defined();
+  const at::Tensor parts = trains_norms ? at::zeros({2, blocks * K, S}, at::kFloat) : at::Tensor();
+  float* const part = trains_norms ? parts.mutable_data_ptr<float>() : nullptr;
+  at::parallel_for(0, blocks * K, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t unit = begin; unit < end; ++unit) {
+      const std::int64_t head = unit % K, t0 = unit / K * kQueries, rows = std::min(kQueries, shape.tokens - t0);
+      const float *const cosine = transform.cos_TF + t0 * transform.pairs, *const sine = transform.sin_TF + t0 * transform.pairs;
+      const std::int64_t pairs = transform.cos_TF == nullptr ? 0 : transform.pairs;
+      float *const d_query_norm = d_query_norm_S.defined() ? part + unit * S : nullptr, *const d_key_norm = d_key_norm_S.defined() ? part + (blocks * K + unit) * S : nullptr;
+      for (std::int64_t g = 0; g < G; ++g) {
+        const std::int64_t column = (head * G + g) * S;
+        transform_backward_rows(qkv + t0 * ld + column, ld, transform.query_norm, transform.epsilon, cosine, sine, pairs, transform.scale,
+                                dq + ((head * padded + t0) * G + g) * S, G * S, d_qkv + t0 * ld_d + column, ld_d, d_query_norm, rows, S);
+      }
+      const std::int64_t column = (K * G + head) * S;
+      transform_backward_rows(qkv + t0 * ld + column, ld, transform.key_norm, transform.epsilon, cosine, sine, pairs, 1.0f, dk + (head * padded + t0) * S, S,
+                              d_qkv + t0 * ld_d + column, ld_d, d_key_norm, rows, S);
+      kernels::copy_rows(dv + (head * padded + t0) * S, S, d_qkv + t0 * ld_d + (K * G + K + head) * S, ld_d, rows, S);
+    }
+  });
+  if (d_query_norm_S.defined()) d_query_norm_S.add_(parts[0].sum(0));
+  if (d_key_norm_S.defined()) d_key_norm_S.add_(parts[1].sum(0));
+}
+
+}  // namespace
+
+std::int64_t padded_tokens(std::int64_t tokens) { return (tokens + kKeyRound - 1) / kKeyRound * kKeyRound + kQueries; }
+
+AttentionHeads make_heads(const AttentionShape& shape, bool backward) {
+  const std::int64_t K = shape.kv_heads, G = shape.group, S = shape.head_size, T = shape.tokens, padded = padded_tokens(T);
+  const auto by_token = [&](std::int64_t rows) {
+    at::Tensor made = at::empty({K, padded * rows, S}, at::kFloat);
+    made.narrow(1, T * rows, (padded - T) * rows).zero_();
+    return made;
+  };
+  const auto turned = [&](std::int64_t rows) {
+    at::Tensor made = at::empty({K, S, padded * rows}, at::kFloat);
+    made.narrow(2, T * rows, (padded - T) * rows).zero_();
+    return made;
+  };
+  AttentionHeads heads{.q_KRS = {}, .qt_KSR = turned(G), .k_KTS = by_token(1), .kt_KST = {}, .v_KTS = {}, .vt_KST = {}};
+  if (backward) heads.q_KRS = by_token(G), heads.kt_KST = turned(1), heads.v_KTS = by_token(1);
+  else heads.vt_KST = turned(1);
+  return heads;
+}
+
+at::Tensor attention_forward(const AttentionShape& shape, const AttentionHeads& heads, at::Tensor& out_TQ) {
+  return out_TQ.scalar_type() == at::kFloat ? forward<float>(shape, heads, out_TQ) : forward<BFloat16>(shape, heads, out_TQ);
+}
+
+AttentionGradients attention_backward(const AttentionShape& shape, const AttentionHeads& heads, const at::Tensor& out_TQ, const at::Tensor& lse_KR, const at::Tensor& d_out_TQ) {
+  if (out_TQ.scalar_type() != d_out_TQ.scalar_type()) fail(ErrorKind::kBug, "attention: values and gradients of two types");
+  return out_TQ.scalar_type() == at::kFloat ? backward<float>(shape, heads, out_TQ, lse_KR, d_out_TQ) : backward<BFloat16>(shape, heads, out_TQ, lse_KR, d_out_TQ);
+}
+
+void split_heads(const AttentionShape& shape, const at::Tensor& qkv_TN, const HeadTransform& transform, AttentionHeads& heads, bool backward) {
+  if (qkv_TN.scalar_type() == at::kFloat) split<float>(shape, qkv_TN, transform, heads, backward);
+  else split<BFloat16>(shape, qkv_TN, transform, heads, backward);
+}
+
+void merge_head_gradients(const AttentionShape& shape, const at::Tensor& qkv_TN, const HeadTransform& transform, const AttentionGradients& gradients, at::Tensor& d_qkv_TN,
+                          const at::Tensor& d_query_norm_S, const at::Tensor& d_key_norm_S) {
+  if (qkv_TN.scalar_type() == at::kFloat) merge_gradients<float>(shape, qkv_TN, transform, gradients, d_qkv_TN, d_query_norm_S, d_key_norm_S);
+  else merge_gradients<BFloat16>(shape, qkv_TN, transform, gradients, d_qkv_TN, d_query_norm_S, d_key_norm_S);
+}
+
+}  // namespace alambic::models

@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// Causal attention over packed documents by tiles, forward and backward (the tiling of arXiv:2205.14135): no tokens x tokens
+// matrix, no work above the diagonal, across documents or behind the window. f32 throughout. The result does not depend on
+// the number of threads.
+//
+// Letters: T = tokens, K = key and value heads, G = query heads that share one, S = head size, R = query rows of a tile.
+// A head's queries and keys are kept as [T, S] and transposed as [S, T], since a tile product wants one of each.
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+namespace alambic::models {
+
+struct AttentionShape {
+  std::int64_t tokens = 0, kv_heads = 0, group = 0, head_size = 0;
+  std::vector<std::int64_t> document_lengths;  // their sum is `tokens`
+  std::int64_t window = 0;                     // a token sees the last `window` tokens, itself included; 0: all of its document
+  double soft_cap = 0;                         // scores become cap * tanh(score / cap); 0: none
+};
+
+/// Inputs by head, zero behind the last token up to padded_tokens. Queries carry the attention scale already; the G query
+/// heads of one key head lie together, token by token: query row t * G + g. What a pass does not read is undefined.
+struct AttentionHeads {
+  at::Tensor q_KRS, qt_KSR;  // [K, padded T * G, S] (backward) and [K, S, padded T * G]
+  at::Tensor k_KTS, kt_KST;  // [K, padded T, S] and [K, S, padded T] (backward)
+  at::Tensor v_KTS, vt_KST;  // [K, padded T, S] (backward) and [K, S, padded T] (forward)
+};
+std::int64_t padded_tokens(std::int64_t tokens);
+/// Makes the tensors that a forward or a backward pass reads, of the right sizes and with zeros behind the last token.
+AttentionHeads make_heads(const AttentionShape& shape, bool backward);
+
+/// out_TQ, [T, K G S] f32 or bf16, gets the attention; the result is the log of each query row's sum of exponentials, f32
+/// [K, padded T * G], which the backward pass needs.
+at::Tensor attention_forward(const AttentionShape& shape, const AttentionHeads& heads, at::Tensor& out_TQ);
+
+/// Gradients by head: of the scaled queries [K, padded T * G, S], keys and values [K, padded T, S].
+struct AttentionGradients {
+  at::Tensor q_KRS, k_KTS, v_KTS;
+};
+/// out_TQ is what the forward pass gave, d_out_TQ its gradient; both of one type.
+AttentionGradients attention_backward(const AttentionShape& shape, const AttentionHeads& heads, const at::Tensor& out_TQ, const at::Tensor& lse_KR,
+                                      const at::Tensor& d_out_TQ);
+
+/// What lies between the projections and attention: bias-free per-head norm where weights are given, rotation, scale.
+struct HeadTransform {
+  const float* query_norm = nullptr;  // [S], with the family's offset already added; null: none
+  const float* key_norm = nullptr;
+  float epsilon = 0;
+  const float *cos_TF = nullptr, *sin_TF = nullptr;  // null: no rotation
+  std::int64_t pairs = 0;                            // F
+  float scale = 1;                                   // of the queries
+};
+/// qkv_TN: [T, at least (K G + 2 K) S] f32 or bf16, rows of queries, keys, values.
+void split_heads(const AttentionShape& shape, const at::Tensor& qkv_TN, const HeadTransform& transform, AttentionHeads& heads, bool backward);
+/// The gradient of qkv_TN's first (K G + 2 K) S columns, written to d_qkv_TN. d_query_norm, d_key_norm: f32 [S], undefined or added to.
+void merge_head_gradients(const AttentionShape& shape, const at::Tensor& qkv_TN, const HeadTransform& transform, const AttentionGradients& gradients,
+                          at::Tensor& d_qkv_TN, const at::Tensor& d_query_norm_S, const at::Tensor& d_key_norm_S);
+
+}  // namespace alambic::models

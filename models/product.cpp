@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "models/product.h"
+
+#include <ATen/Context.h>
+#include <ATen/Version.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ops/mm.h>
+
+#include <string_view>
+
+namespace alambic::models {
+namespace {
+
+// x W^T of dense tensors by oneDNN. libtorch registers it for its compiler and declares it in no header.
+using LinearPointwise = at::Tensor(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, std::string_view activation,
+                                   c10::List<std::optional<at::Scalar>> scalars, std::optional<std::string_view> algorithm);
+
+std::optional<c10::TypedOperatorHandle<LinearPointwise>> find_linear_pointwise() {
+  if (!at::globalContext().hasMKLDNN()) return std::nullopt;
+  const auto found = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+  if (!found) return std::nullopt;
+  return found->typed<LinearPointwise>();
+}
+
+constexpr std::int64_t kFewRows = 4;  // a product of so few rows only waits for memory; MKL reads a matrix once, too
+
+// What oneDNN's kernels need; asked once.
+bool has_tile_kernels() {
+  static const bool has = at::globalContext().hasMKLDNN() && at::globalContext().userEnabledMkldnn() &&
+                          at::get_cpu_capability() != "DEFAULT";
+  return has;
+}
+
+}  // namespace
+
+at::Tensor product(const at::Tensor& a_MK, const at::Tensor& b_KN) {
+  const at::NoGradGuard no_grad;
+  static const auto linear_pointwise = find_linear_pointwise();
+  if (!linear_pointwise || !a_MK.is_cpu() || a_MK.scalar_type() != at::kFloat || a_MK.size(0) < kFewRows || a_MK.size(1) == 0 || b_KN.size(1) == 0)
+    return at::mm(a_MK, b_KN);
+  return linear_pointwise->call(a_MK, b_KN.t(), std::nullopt, "none", c10::List<std::optional<at::Scalar>>(), "");
+}
+
+void tile_product(std::int64_t m, std::int64_t n, std::int64_t k, const float* a, std::int64_t lda, const float* b, std::int64_t ldb, float* c,
+                  std::int64_t ldc, bool add) {
+  if (has_tile_kernels()) {
+    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, /*is_vnni=*/false);
+    return;
+  }
+  for (std::int64_t i = 0; i < m; ++i) {
+    float* const row = c + i * ldc;
+    if (!add) std::fill(row, row + n, 0.0f);
+    for (std::int64_t l = 0; l < k; ++l) {
+      const float factor = a[i * lda + l];
+      for (std::int64_t j = 0; j < n; ++j) row[j] += factor * b[l * ldb + j];
+    }
+  }
+}
+
+}  // namespace alambic::models

@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: Apache-2.0
+// The fused blocks against transformers (every family's golden) and against the ATen path: values, every gradient, every
+// memory policy, packed documents of odd lengths, adapters with and without dropout, partly trained decoders.
+#include "models/fused_blocks.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/cross_entropy_loss.h>
+#include <ATen/ops/equal.h>
+#include <ATen/ops/sin.h>
+#include <gtest/gtest.h>
+
+#include "tests/closeness.h"
+#include "tests/models/tiny_model.h"
+#include "tests/support.h"
+
+namespace alambic::models {
+namespace {
+
+using testing::decoder_of;
+using testing::Golden;
+using testing::input_of;
+using testing::is_close_to_scale;
+
+// Uneven values in about +-size that depend on `seed` alone.
+at::Tensor uneven(std::vector<std::int64_t> sizes, double seed, double size = 0.3) {
+  std::int64_t count = 1;
+  for (const std::int64_t each : sizes) count *= each;
+  return (at::sin(at::arange(count, at::kDouble) * 1.7 + seed) * size).reshape(sizes).to(at::kFloat);
+}
+
+// Adapters of rank 3 (2 on every third projection) on the projections that `adapted` chooses.
+void attach(Decoder& decoder, double dropout, const std::function<bool(const NamedLinear&)>& adapted = [](const NamedLinear&) { return true; }) {
+  std::uint64_t id = 0;
+  for (const NamedTensor& named : decoder.tensors()) named.tensor->requires_grad_(false);
+  for (const NamedLinear& linear : decoder.linears()) {
+    if (linear.layer < 0) continue;
+    ++id;
+    if (!adapted(linear)) continue;
+    const std::int64_t rank = id % 3 == 0 ? 2 : 3;
+    const auto seed = static_cast<double>(id);
+    linear.linear->adapter = Adapter{.a_RI = uneven({rank, linear.linear->weight_OI.size(1)}, seed).requires_grad_(true),
+                                     .b_OR = uneven({linear.linear->weight_OI.size(0), rank}, seed + 0.5).requires_grad_(true),
+                                     .magnitude_O = {}, .scale = 0.7, .dropout = dropout, .id = id};
+  }
+}
+
+Input packed_input(const Decoder& decoder, const std::vector<std::int64_t>& lengths, std::uint64_t dropout_seed) {
+  Input input;
+  std::vector<at::Tensor> positions;
+  std::int64_t tokens = 0;
+  for (const std::int64_t length : lengths) positions.push_back(at::arange(length, at::kLong)), tokens += length;
+  input.positions_T = at::cat(positions);
+  input.tokens_T = at::arange(tokens, at::kLong) * 7919 % decoder.config.vocabulary_size;
+  input.document_lengths = lengths;
+  input.dropout_seed = dropout_seed;
+  return input;
+}
+
+std::vector<std::pair<std::string, at::Tensor*>> trained(Decoder& decoder) {
+  std::vector<std::pair<std::string, at::Tensor*>> list;
+  for (const NamedTensor& named : decoder.tensors())
+    if (named.tensor->requires_grad()) list.emplace_back(named.name, named.tensor);
+  for (const NamedLinear& linear : decoder.linears())
+    if (linear.linear->adapter) list.emplace_back(linear.path + ".A", &linear.linear->adapter->a_RI), list.emplace_back(linear.path + ".B", &linear.linear->adapter->b_OR);
+  return list;
+}
+
+// A value of the hidden states that makes each of them matter, backwards through them.
+at::Tensor run(Decoder& decoder, const Input& input, std::vector<at::Tensor>* gradients = nullptr) {
+  const at::Tensor hidden_TD = decoder.hidden_TD(input);
+  if (gradients == nullptr) return hidden_TD.detach();
+  for (const auto& [name, tensor] : trained(decoder)) tensor->mutable_grad().reset();
+  (hidden_TD.to(at::kFloat) * uneven(hidden_TD.sizes().vec(), 2, 1)).sum().backward();
+  gradients->clear();
+  for (const auto& [name, tensor] : trained(decoder)) gradients->push_back(tensor->grad().defined() ? tensor->grad().clone() : at::Tensor());
+  return hidden_TD.detach();
+}
+
+constexpr Keep kPolicies[] = {Keep::kAll, Keep::kNoMlp, Keep::kInputs};
+
+class FusedFamily : public ::testing::TestWithParam<std::string> {
+ protected:
+  FusedFamily() : golden_("families/" + GetParam() + ".safetensors") {}
+
+  // Both paths on the same weights; every policy gives the same bits.
+  void compare(const std::function<void(Decoder&)>& prepare, const Input& input, at::ScalarType type, double value_tolerance, double gradient_tolerance) {
+    Decoder plain = decoder_of(golden_, type), fused = decoder_of(golden_, type);
+    prepare(plain);
+    prepare(fused);
+    ASSERT_EQ(use_fused_blocks(fused), "");
+    std::vector<at::Tensor> expected, first, gradients;
+    const at::Tensor expected_TD = run(plain, input, &expected);
+    for (const Keep keep : kPolicies) {
+      fused.keep = keep;
+      const at::Tensor hidden_TD = run(fused, input, &gradients);
+      if (keep == Keep::kAll) {
+        EXPECT_TRUE(is_close_to_scale(hidden_TD, expected_TD, value_tolerance));
+        first = gradients;
+      }
+      const auto list = trained(fused);
+      ASSERT_EQ(list.size(), expected.size());
+      for (std::size_t i = 0; i < list.size(); ++i) {
+        if (!expected[i].defined() || expected[i].abs().max().item<double>() == 0) continue;  // a head that hidden states do not meet
+        ASSERT_TRUE(gradients[i].defined()) << list[i].first;
+        EXPECT_TRUE(is_close_to_scale(gradients[i], expected[i], gradient_tolerance)) << list[i].first;
+        EXPECT_TRUE(at::equal(gradients[i], first[i])) << list[i].first << " differs with another memory policy";
+      }
+    }
+    const at::NoGradGuard constant;
+    EXPECT_TRUE(at::equal(run(fused, input), run(fused, input)));
+  }
+
+  Golden golden_;
+};
+INSTANTIATE_TEST_SUITE_P(Families, FusedFamily, ::testing::ValuesIn(testing::family_goldens()), [](const auto& test) { return test.param; });
+
+TEST_P(FusedFamily, LogitsAndEveryGradientEqualTransformers) {
+  SCOPED_TRACE(golden_.provenance());
+  for (const Keep keep : kPolicies) {
+    Decoder decoder = decoder_of(golden_);
+    for (const NamedTensor& named : decoder.tensors()) named.tensor->requires_grad_(true);
+    ASSERT_EQ(use_fused_blocks(decoder), "");
+    decoder.keep = keep;
+    const at::Tensor logits_TV = decoder.logits_TV(decoder.hidden_TD(input_of(golden_)));
+    EXPECT_TRUE(is_close_to_scale(logits_TV, golden_["logits"], 1e-5));
+    (at::cross_entropy_loss(logits_TV, golden_["targets"], {}, 0) * golden_["weights"]).sum().backward();
+    for (const NamedTensor& named : decoder.tensors()) EXPECT_TRUE(is_close_to_scale(named.tensor->grad(), golden_["grad." + named.name], 1e-5)) << named.name;
+  }
+}
+
+const std::vector<std::int64_t> kOddLengths = {70, 1, 33, 5, 131, 64};
+
+TEST_P(FusedFamily, AdaptersEqualTheAtenPath) {
+  compare([](Decoder& decoder) { attach(decoder, 0); }, packed_input(decoder_of(golden_), kOddLengths, 0), at::kFloat, 1e-5, 2e-5);
+}
+
+TEST_P(FusedFamily, AdaptersWithDropoutEqualTheAtenPath) {
+  compare([](Decoder& decoder) { attach(decoder, 0.25); }, packed_input(decoder_of(golden_), kOddLengths, 77), at::kFloat, 1e-5, 2e-5);
+}
+
+// Both bf16 paths round some ten values a layer, at other places; neither may be further from f32 than the other.
+TEST_P(FusedFamily, Bf16IsAsNearToF32AsTheAtenPath) {
+  const Input input = packed_input(decoder_of(golden_), kOddLengths, 0);
+  const auto gradients_of = [&](at::ScalarType type, bool fused, at::Tensor& hidden_TD) {
+    Decoder decoder = decoder_of(golden_, type);
+    attach(decoder, 0);
+    if (fused) EXPECT_EQ(use_fused_blocks(decoder), "");
+    std::vector<at::Tensor> gradients;
+    hidden_TD = run(decoder, input, &gradients).to(at::kFloat);
+    return gradients;
+  };
+  at::Tensor exact_TD, plain_TD, fused_TD;
+  const std::vector<at::Tensor> exact = gradients_of(at::kFloat, false, exact_TD), plain = gradients_of(at::kBFloat16, false, plain_TD), fused = gradients_of(at::kBFloat16, true, fused_TD);
+  const auto error = [](const at::Tensor& actual, const at::Tensor& expected) { return ((actual - expected).norm() / expected.norm()).item<double>(); };
+  EXPECT_LT(error(fused_TD, exact_TD), 1.3 * error(plain_TD, exact_TD));
+  EXPECT_LT(error(plain_TD, exact_TD), 0.05);
+  double fused_error = 0, plain_error = 0;
+  for (std::size_t i = 0; i < exact.size(); ++i) {
+    fused_error += error(fused[i], exact[i]) / static_cast<double>(exact.size());
+    plain_error += error(plain[i], exact[i]) / static_cast<double>(exact.size());
+  }
+  EXPECT_LT(fused_error, 1.3 * plain_error);
+  EXPECT_GT(fused_error, 1e-4) << "suspiciously equal: was bf16 used?";
+}
+
+TEST_P(FusedFamily, PartlyTrainedDecodersEqualTheAtenPath) {
+  const Input input = packed_input(decoder_of(golden_), {9, 40}, 0);
+  const auto last = static_cast<std::int64_t>(decoder_of(golden_).blocks.size()) - 1;
+  const auto is_in = [](Slot slot, std::initializer_list<Slot> slots) { return std::find(slots.begin(), slots.end(), slot) != slots.end(); };
+  compare([&](Decoder& decoder) { attach(decoder, 0, [&](const NamedLinear& linear) { return linear.layer == last; }); }, input, at::kFloat, 1e-5, 2e-5);
+  compare([&](Decoder& decoder) { attach(decoder, 0, [&](const NamedLinear& linear) { return linear.slot == Slot::kDown; }); }, input, at::kFloat, 1e-5, 2e-5);
+  compare([&](Decoder& decoder) { attach(decoder, 0, [&](const NamedLinear& linear) { return is_in(linear.slot, {Slot::kQuery, Slot::kValue, Slot::kQueryKeyValue}); }); }, input,
+          at::kFloat, 1e-5, 2e-5);
+  compare(
+      [&](Decoder& decoder) {
+        attach(decoder, 0, [&](const NamedLinear& linear) { return linear.slot == Slot::kOutput; });
+        decoder.embedding_VD.requires_grad_(true);
+        for (Block& block : decoder.blocks)
+          for (auto& [slot, norm] : block.norms) norm.requires_grad_(true);
+      },
+      input, at::kFloat, 1e-5, 2e-5);
+}
+
+TEST_P(FusedFamily, NothingOfThePassDependsOnTheNumberOfThreads) {
+  Decoder decoder = decoder_of(golden_);
+  attach(decoder, 0.1);
+  ASSERT_EQ(use_fused_blocks(decoder), "");
+  const Input input = packed_input(decoder, {1200, 3, 90}, 5);
+  std::vector<at::Tensor> one, two;
+  const int threads = at::get_num_threads();
+  at::set_num_threads(1);
+  const at::Tensor hidden_one = run(decoder, input, &one);
+  at::set_num_threads(2);
+  const at::Tensor hidden_two = run(decoder, input, &two);
+  at::set_num_threads(threads);
+  // Products are cut by threads inside oneDNN; everything else is not.
+  EXPECT_TRUE(is_close_to_scale(hidden_two, hidden_one, 1e-6));
+  for (std::size_t i = 0; i < one.size(); ++i) EXPECT_TRUE(is_close_to_scale(two[i], one[i], 1e-5));
+}
+
+TEST(FusedBlocks, KeepWhatTheyAreSaidToKeep) {
+  const Golden golden("families/llama.safetensors");
+  Decoder decoder = decoder_of(golden);
+  attach(decoder, 0);
+  ASSERT_EQ(use_fused_blocks(decoder), "");
+  const double all = kept_bytes_per_token(decoder);
+  decoder.keep = Keep::kNoMlp;
+  const double no_mlp = kept_bytes_per_token(decoder);
+  decoder.keep = Keep::kInputs;
+  const double inputs = kept_bytes_per_token(decoder);
+  EXPECT_GT(all, no_mlp);
+  EXPECT_GT(no_mlp, inputs);
+  // x of each layer, f32, and the rank of the down projection's adapter.
+  const auto layers = static_cast<double>(decoder.blocks.size()), hidden = static_cast<double>(decoder.config.hidden_size);
+  EXPECT_GE(inputs, layers * hidden * 4);
+  EXPECT_LE(inputs, layers * (hidden + 3) * 4);
+}
+
+TEST(FusedBlocks, SayWhyNot) {
+  const Golden golden("families/llama.safetensors");
+  Decoder decoder = decoder_of(golden);
+  attach(decoder, 0);
+  Adapter& adapter = *decoder.linears()[3].linear->adapter;
+  adapter.magnitude_O = uneven({adapter.b_OR.size(0)}, 1);
+  const std::string reason = use_fused_blocks(decoder);
+  EXPECT_NE(reason.find(decoder.linears()[3].path + " has a DoRA adapter"), std::string::npos) << reason;
+  EXPECT_FALSE(decoder.fused);
+}
+
+TEST(FusedBlocks, ATrainedWeightIsStillALeafThatTrains) {
+  const Golden golden("families/llama.safetensors");
+  Decoder decoder = decoder_of(golden);
+  for (const NamedTensor& named : decoder.tensors()) named.tensor->requires_grad_(true);
+  const at::Tensor before = decoder.blocks[0].linears.at(Slot::kKey).weight_OI.detach().clone();
+  ASSERT_EQ(use_fused_blocks(decoder), "");
+  const at::Tensor& weight_OI = decoder.blocks[0].linears.at(Slot::kKey).weight_OI;
+  EXPECT_TRUE(weight_OI.is_leaf());
+  EXPECT_TRUE(weight_OI.requires_grad());
+  EXPECT_TRUE(at::equal(weight_OI.detach(), before));
+  const Input input = packed_input(decoder, {12}, 0);
+  const at::Tensor hidden = run(decoder, input);
+  {
+    const at::NoGradGuard constant;
+    weight_OI.mul_(1.5);
+  }
+  EXPECT_FALSE(at::equal(run(decoder, input), hidden)) << "a changed weight was not seen";
+}
+
+}  // namespace
+}  // namespace alambic::models
