@@ -6,7 +6,7 @@
 //   alambic_bench resume FOLDER                       seconds from opening to the first batch, behind half an epoch
 //   alambic_bench resume-simulated                    the same at sample 10^12 of a corpus that is a function
 //   alambic_bench load MODEL f32|bf16                 seconds to weights in memory
-//   alambic_bench step MODEL f32|bf16 ROWS LENGTH     tokens/s of LoRA steps (rank 16 on all linear layers)
+//   alambic_bench step MODEL f32|bf16 [KEY=VALUE...]  tokens/s of training steps; keys: see StepCase
 // Threads: OMP_NUM_THREADS.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -21,15 +21,19 @@
 #include <cstdio>
 #include <fstream>
 #include <iostream>
+#include <span>
 
 #include "checkpoints/hf_folder.h"
+#include "core/allocation.h"
 #include "core/error.h"
 #include "core/json.h"
 #include "core/random.h"
 #include "data/batch_stream.h"
 #include "lora/adapter.h"
+#include "models/product.h"
 #include "parallel/communicator.h"
 #include "train/cross_entropy.h"
+#include "train/memory.h"
 #include "train/step.h"
 
 namespace alambic::bench {
@@ -62,9 +66,9 @@ Json gemm(at::ScalarType type) {
   const at::Tensor a = at::randn({1024, 1024}).to(type), b = at::randn({1024, 1024}).to(type);
   at::mm(a, b);
   double best = 0;
-  for (int i = 0; i < 20; ++i) {
+  for (int i = 0; i < 40; ++i) {  // by both libraries: the faster one is what the machine can do
     const Stopwatch watch;
-    const at::Tensor c = at::mm(a, b);
+    const at::Tensor c = i % 2 == 0 ? at::mm(a, b) : models::product(a, b);
     best = std::max(best, 2.0 * 1024 * 1024 * 1024 / watch.seconds() / 1e9);
   }
   return {{"value", best}, {"unit", "GFLOP/s"}};
@@ -172,53 +176,97 @@ Json load(const std::filesystem::path& model, at::ScalarType type) {
   return {{"value", seconds}, {"unit", "s"}, {"peak_memory_gb", resident("VmHWM")}, {"libraries_gb", before}};
 }
 
-// Multiplications and additions of the weight products of one token: 2 forward and 2 backward a frozen weight (its own
-// gradient is not made), 6 an adapter's. Attention itself is left out.
-double flops_of_a_token(models::Decoder& decoder) {
+// Multiplications and additions that a step must do: of each weight 2 a token forward and 2 backward, 6 where it trains (an
+// adapter, or all); the head only for rows with a label; attention's two products forward and five backward below the diagonal.
+double flops_of_a_step(models::Decoder& decoder, const data::Batch& batch) {
+  const auto tokens = static_cast<double>(batch.tokens_T.numel()), kept = static_cast<double>(batch.num_kept);
   double flops = 0;
   for (const models::NamedLinear& linear : decoder.linears()) {
-    flops += 4 * static_cast<double>(linear.linear->weight_OI.numel());
-    if (const auto& adapter = linear.linear->adapter) flops += 6 * static_cast<double>(adapter->a_RI.numel() + adapter->b_OR.numel());
+    const double rows = linear.layer < 0 ? kept : tokens;
+    flops += rows * (linear.linear->weight_OI.requires_grad() ? 6 : 4) * static_cast<double>(linear.linear->weight_OI.numel());
+    if (const auto& adapter = linear.linear->adapter) flops += rows * 6 * static_cast<double>(adapter->a_RI.numel() + adapter->b_OR.numel());
   }
+  for (const std::int64_t length : batch.document_lengths)
+    flops += 7 * static_cast<double>(length) * static_cast<double>(length + 1) * static_cast<double>(decoder.config.num_layers * decoder.config.num_heads * decoder.config.head_size);
   return flops;
 }
 
-Json step(const std::filesystem::path& model, at::ScalarType type, std::int64_t num_rows, std::int64_t length) {
-  models::Decoder decoder = checkpoints::load_decoder(model, type);
-  lora::attach(decoder, {.rank = 16, .alpha = 32}, /*seed=*/1);
-  train::AdamW optimizer(lora::trainable(decoder), {});
-  const auto alone = parallel::single();
+// What a step is made of: "rows=4 length=512 documents=512 labels=1 method=lora memory=store steps=3", any of them.
+struct StepCase {
+  std::int64_t rows = 4, length = 512, documents = 0, steps = 3;
+  double labels = 1;
+  std::string method = "lora", memory = "store", quantize = "none";
+};
+StepCase step_case(std::span<const std::string> words) {
+  StepCase wanted;
+  for (const std::string& word : words) {
+    const std::size_t equals = word.find('=');
+    const std::string key = word.substr(0, equals), value = equals == word.npos ? "" : word.substr(equals + 1);
+    if (key == "rows") wanted.rows = std::stoll(value);
+    else if (key == "length") wanted.length = std::stoll(value);
+    else if (key == "documents") wanted.documents = std::stoll(value);
+    else if (key == "steps") wanted.steps = std::stoll(value);
+    else if (key == "labels") wanted.labels = std::stod(value);
+    else if (key == "method") wanted.method = value;
+    else if (key == "memory") wanted.memory = value;
+    else if (key == "quantize") wanted.quantize = value;
+    else fail(ErrorKind::kUsage, "step: unknown key ", key);
+  }
+  if (wanted.documents == 0) wanted.documents = wanted.length;
+  return wanted;
+}
 
-  // The ids that bench/peers/train_step.py uses; every row one document, every next token trained.
-  const std::int64_t num_tokens = num_rows * length, vocabulary = decoder.config.vocabulary_size;
+// The ids that bench/peers/train_step.py uses: documents of equal length; the first 1 - labels of each is a prompt without labels.
+data::Batch batch_of(const StepCase& wanted, std::int64_t vocabulary) {
+  const std::int64_t num_tokens = wanted.rows * wanted.length;
   data::Batch batch{.tokens_T = at::empty({num_tokens}, at::kLong), .positions_T = at::empty({num_tokens}, at::kLong),
                     .targets_T = at::full({num_tokens}, 0, at::kLong), .keep_T = at::ones({num_tokens}, at::kBool),
-                    .document_lengths = std::vector<std::int64_t>(static_cast<std::size_t>(num_rows), length), .origins = {},
-                    .num_kept = num_rows * (length - 1), .first_sample = 0};
+                    .document_lengths = std::vector<std::int64_t>(static_cast<std::size_t>(num_tokens / wanted.documents), wanted.documents), .origins = {},
+                    .num_kept = 0, .first_sample = 0};
   auto* tokens = batch.tokens_T.mutable_data_ptr<std::int64_t>();
   auto* positions = batch.positions_T.mutable_data_ptr<std::int64_t>();
   auto* targets = batch.targets_T.mutable_data_ptr<std::int64_t>();
   auto* keep = batch.keep_T.mutable_data_ptr<bool>();
+  const auto prompt = static_cast<std::int64_t>(static_cast<double>(wanted.documents) * (1 - wanted.labels));
   for (std::int64_t i = 0; i < num_tokens; ++i) {
     tokens[i] = (i * 7919 + (i % 31) * 104'729 + 17) % vocabulary;
-    positions[i] = i % length;
-    keep[i] = positions[i] + 1 < length;
+    positions[i] = i % wanted.documents;
+    keep[i] = positions[i] + 1 < wanted.documents && positions[i] + 1 >= prompt;
+    batch.num_kept += keep[i];
     if (positions[i] > 0) targets[i - 1] = tokens[i];
   }
+  return batch;
+}
+
+Json step(const std::filesystem::path& model, at::ScalarType type, const StepCase& wanted) {
+  keep_freed_memory();
+  train::TrainConfig config;
+  config.method = wanted.method;
+  config.memory = wanted.memory;
+  models::Decoder decoder = checkpoints::load_decoder(model, type);
+  if (wanted.method == "lora") lora::attach(decoder, {.rank = 16, .alpha = 32}, /*seed=*/1);
+  else lora::train_everything(decoder);
+  config.data.row_length = wanted.length;
+  config.data.rows_per_batch = wanted.rows;
+  train::prepare_blocks(decoder, config);
+  train::AdamW optimizer(lora::trainable(decoder), {});
+  const auto alone = parallel::single();
+  const data::Batch batch = batch_of(wanted, decoder.config.vocabulary_size);
+  const auto num_tokens = static_cast<double>(batch.tokens_T.numel());
+  const train::MemoryEstimate estimate = train::estimate_memory(decoder, 2 * sizeof(float) * static_cast<std::uint64_t>(optimizer.num_parameters()), batch.tokens_T.numel());
   const auto loss_sum = [&](const data::Batch& own, std::uint64_t seed) {
     return train::cross_entropy_sum(decoder.hidden_TD(train::input_of(own, seed)), decoder.head, own.targets_T, own.keep_T, seed);
   };
   std::vector<double> losses, seconds;
-  const int num_steps = static_cast<int>(std::max<std::int64_t>(2, 1024 / num_tokens));
-  for (int i = 0; i < 1 + num_steps; ++i) {  // the first one warms up
+  for (int i = 0; i < 1 + wanted.steps; ++i) {  // the first one warms up
     const Stopwatch watch;
     losses.push_back(train::step({&batch, 1}, loss_sum, optimizer, 2e-4, 1.0, /*dropout_seed=*/1, *alone).nats_per_token);
     if (i > 0) seconds.push_back(watch.seconds());
   }
   std::sort(seconds.begin(), seconds.end());
   const double median = (seconds[(seconds.size() - 1) / 2] + seconds[seconds.size() / 2]) / 2;
-  return {{"value", static_cast<double>(num_tokens) / median}, {"unit", "tokens/s"}, {"peak_memory_gb", resident("VmHWM")},
-          {"flops_of_a_token", flops_of_a_token(decoder)}, {"losses", losses}};
+  return {{"value", num_tokens / median}, {"unit", "tokens/s"}, {"peak_memory_gb", resident("VmHWM")}, {"estimated_memory_gb", static_cast<double>(estimate.total()) / 1e9},
+          {"flops_of_a_step", flops_of_a_step(decoder, batch)}, {"seconds", median}, {"losses", losses}};
 }
 
 Json measure(const std::vector<std::string>& words) {
@@ -229,7 +277,7 @@ Json measure(const std::vector<std::string>& words) {
   if (is("resume", 1)) return resume(words[1]);
   if (is("resume-simulated", 0)) return resume_simulated();
   if (is("load", 2)) return load(words[1], type_named(words[2]));
-  if (is("step", 4)) return step(words[1], type_named(words[2]), std::stoll(words[3]), std::stoll(words[4]));
+  if (words.size() >= 3 && words[0] == "step") return step(words[1], type_named(words[2]), step_case(std::span(words).subspan(3)));
   fail(ErrorKind::kUsage, "unknown measurement or a wrong number of arguments", Remedy{"the top of bench/measure.cpp lists them"});
 }
 

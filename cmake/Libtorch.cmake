@@ -41,6 +41,13 @@ add_library(alambic_libtorch INTERFACE)
 add_library(alambic::libtorch ALIAS alambic_libtorch)
 target_include_directories(alambic_libtorch SYSTEM INTERFACE ${torch_folder}/include ${torch_folder}/include/torch/csrc/api/include)
 target_compile_definitions(alambic_libtorch INTERFACE AT_PER_OPERATOR_HEADERS _GLIBCXX_USE_CXX11_ABI=1)
-# No OpenMP of ours is linked: libtorch brings its own libgomp, and two runtimes would mean two thread pools.
-target_link_libraries(alambic_libtorch INTERFACE ${torch_folder}/lib/libtorch_cpu.so ${torch_folder}/lib/libc10.so)
+# at::parallel_for() is OpenMP in a header: without this flag it runs on one thread and says nothing. The runtime must be the
+# one that libtorch uses, as two would mean two thread pools: its own libgomp where it brings one, else the system's.
+target_compile_options(alambic_libtorch INTERFACE -fopenmp)
+if(EXISTS ${torch_folder}/lib/libgomp.so.1)
+  set(torch_openmp ${torch_folder}/lib/libgomp.so.1)
+else()
+  set(torch_openmp gomp)
+endif()
+target_link_libraries(alambic_libtorch INTERFACE ${torch_folder}/lib/libtorch_cpu.so ${torch_folder}/lib/libc10.so ${torch_openmp})
 target_link_options(alambic_libtorch INTERFACE -Wl,-rpath,${torch_folder}/lib)

@@ -14,17 +14,21 @@
 #include "core/vectorised.h"
 #include "models/product.h"
 #include "models/row_kernels.h"
+#include "models/tiles.h"
 
 namespace alambic::models {
 namespace {
 
 using at::BFloat16;
 using kernels::fast_exp;
+using tiles::kHidden;
+using tiles::kLanes;
+using tiles::scale_columns;
+using tiles::softmax_tile;
+using tiles::transpose;
 
 constexpr std::int64_t kQueries = 32;    // tokens of a query tile: R = 32 G rows, always a multiple of the vector width
-constexpr std::int64_t kLanes = 32;      // columns that a loop keeps in registers
 constexpr std::int64_t kKeyRound = 32;   // keys of a tile are rounded up to this, so that few tile shapes exist
-constexpr float kHidden = -1e30f;        // stands for -infinity, without making NaN of a tile that hides everything
 constexpr std::int64_t kSplitTokens = 1024;  // a document longer than this has its backward pass cut into kSplits shares
 constexpr std::int64_t kSplits = 4;
 
@@ -90,45 +94,6 @@ ALAMBIC_VECTORISED void cap(float* s, std::int64_t count, float soft_cap) {
   for (std::int64_t i = 0; i < count; ++i) s[i] = soft_cap * (1.0f - 2.0f / (1.0f + fast_exp(twice * s[i])));  // tanh
 }
 
-// One tile of the running softmax: s [keys, R] becomes exp(s - m); m, l [R] are brought up to date; factor [R] is what the sums
-// so far shrink by. Returns whether any factor is not 1.
-ALAMBIC_VECTORISED bool softmax_tile(float* s, std::int64_t keys, std::int64_t R, float* m, float* l, float* factor) {
-  bool shrinks = false;
-  for (std::int64_t c = 0; c < R; c += kLanes) {
-    float highest[kLanes], sum[kLanes];
-    for (std::int64_t i = 0; i < kLanes; ++i) highest[i] = m[c + i], sum[i] = 0;
-    for (std::int64_t j = 0; j < keys; ++j) {
-      const float* const row = s + j * R + c;
-#pragma omp simd
-      for (std::int64_t i = 0; i < kLanes; ++i) highest[i] = row[i] > highest[i] ? row[i] : highest[i];
-    }
-    for (std::int64_t j = 0; j < keys; ++j) {
-      float* const row = s + j * R + c;
-#pragma omp simd
-      for (std::int64_t i = 0; i < kLanes; ++i) {
-        row[i] = fast_exp(row[i] - highest[i]);
-        sum[i] += row[i];
-      }
-    }
-    for (std::int64_t i = 0; i < kLanes; ++i) {
-      const float shrink = fast_exp(m[c + i] - highest[i]);
-      factor[c + i] = shrink;
-      l[c + i] = l[c + i] * shrink + sum[i];
-      shrinks = shrinks || !(shrink == 1.0f);
-      m[c + i] = highest[i];
-    }
-  }
-  return shrinks;
-}
-
-ALAMBIC_VECTORISED void scale_columns(float* acc, std::int64_t rows, std::int64_t R, const float* factor) {
-  for (std::int64_t s = 0; s < rows; ++s) {
-    float* const row = acc + s * R;
-#pragma omp simd
-    for (std::int64_t i = 0; i < R; ++i) row[i] *= factor[i];
-  }
-}
-
 // p, d [keys, R]: scores become probabilities, gradients of probabilities become those of scores.
 ALAMBIC_VECTORISED void backward_tile(float* p, float* d, std::int64_t keys, std::int64_t R, const float* lse, const float* delta, float soft_cap) {
   const float per_cap = soft_cap > 0 ? 1.0f / soft_cap : 0.0f;
@@ -155,17 +120,6 @@ ALAMBIC_VECTORISED void backward_tile(float* p, float* d, std::int64_t keys, std
       }
     }
   }
-}
-
-// to[c][r] = from[r][c].
-ALAMBIC_VECTORISED void transpose(const float* from, std::int64_t ld_from, float* to, std::int64_t ld_to, std::int64_t rows, std::int64_t columns) {
-  constexpr std::int64_t kBlock = 16;
-  for (std::int64_t r0 = 0; r0 < rows; r0 += kBlock)
-    for (std::int64_t c0 = 0; c0 < columns; c0 += kBlock) {
-      const std::int64_t r1 = std::min(rows, r0 + kBlock), c1 = std::min(columns, c0 + kBlock);
-      for (std::int64_t c = c0; c < c1; ++c)
-        for (std::int64_t r = r0; r < r1; ++r) to[c * ld_to + r] = from[r * ld_from + c];
-    }
 }
 
 std::int64_t rounded_keys(std::int64_t keys) { return (keys + kKeyRound - 1) / kKeyRound * kKeyRound; }

@@ -1,23 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "train/cross_entropy.h"
 
-#include <ATen/ops/cat.h>
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/log_softmax.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/nonzero.h>
-#include <ATen/ops/ones.h>
 #include <ATen/ops/scalar_tensor.h>
-#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
-#include <functional>
+#include <numeric>
+#include <vector>
 
+#include "core/config.h"
 #include "core/error.h"
 #include "core/random.h"
+#include "models/head_product.h"
+#include "models/product.h"
+#include "models/row_kernels.h"
 
 namespace alambic::train {
 namespace {
@@ -35,7 +36,8 @@ struct KnownGradients : torch::autograd::Function<KnownGradients> {
   static variable_list backward(AutogradContext* context, variable_list output_gradients) {
     const double factor = output_gradients.at(0).item<double>();
     variable_list result(1);  // nothing flows into the value
-    for (const at::Tensor& gradient : context->get_saved_variables()) result.push_back(gradient * factor);
+    // In place: the gradients are ours alone, that of a trained head is as large as it, and a second backward pass is not supported.
+    for (at::Tensor& gradient : context->get_saved_variables()) result.push_back(gradient.mul_(factor));
     result.emplace_back();    // nor into the gradients
     return result;
   }
@@ -59,22 +61,69 @@ Rows kept_rows(const at::Tensor& hidden_TD, const models::Linear& head, const at
   return {index_K, targets_K};
 }
 
-at::Tensor logits_of(const models::Linear& head, const at::Tensor& hidden_KD, std::uint64_t seed) {
-  return head(hidden_KD.to(head.weight_OI.scalar_type()), seed).to(at::kFloat);
+// Rows of logits one at a time through f on all threads.
+void for_rows(at::Tensor& logits_KV, const at::Tensor& targets_K, double* nats, const LossConfig& loss, bool differentiable) {
+  const std::int64_t vocabulary = logits_KV.size(1);
+  const std::int64_t* const targets = targets_K.const_data_ptr<std::int64_t>();
+  const auto run = [&](auto* logits) {
+    at::parallel_for(0, logits_KV.size(0), 4, [&](std::int64_t begin, std::int64_t end) {
+      models::kernels::cross_entropy_rows(logits + begin * vocabulary, targets + begin, loss.label_smoothing, loss.z_loss, differentiable, nats + begin, end - begin, vocabulary);
+    });
+  };
+  if (logits_KV.scalar_type() == at::kFloat) run(logits_KV.mutable_data_ptr<float>());
+  else run(logits_KV.mutable_data_ptr<at::BFloat16>());
 }
 
-at::Tensor nats_of(const at::Tensor& log_p_KV, const at::Tensor& targets_K) { return log_p_KV.gather(1, targets_K.unsqueeze(1)).squeeze(1).neg(); }
+// Whether the tiled path computes this head: it makes no gradient of the head itself.
+bool takes_tiles(const models::Linear& head) {
+  return head.weight_OI.is_cpu() && head.weight_OI.scalar_type() == at::kFloat && !head.weight_OI.requires_grad() && !head.adapter && !head.bias_O.defined();
+}
+
+// Nats of the kept rows, and their gradient in the rows of d_hidden_TD where that is defined.
+std::vector<double> tiled_nats(const at::Tensor& hidden_TD, const models::Linear& head, const Rows& kept, const LossConfig& loss, at::Tensor& d_hidden_TD) {
+  const at::NoGradGuard no_grad;
+  const bool all = kept.index_K.numel() == hidden_TD.size(0);
+  const at::Tensor h_KD = all ? hidden_TD.detach().to(at::kFloat).contiguous() : hidden_TD.detach().index_select(0, kept.index_K).to(at::kFloat), targets_K = kept.targets_K.contiguous();
+  at::Tensor d_KD = d_hidden_TD.defined() ? at::empty_like(h_KD) : at::Tensor();
+  std::vector<double> nats(static_cast<std::size_t>(h_KD.size(0)));
+  models::tiled_cross_entropy(h_KD, head.weight_OI.detach(), targets_K.const_data_ptr<std::int64_t>(), loss.label_smoothing, loss.z_loss, nats.data(), d_KD);
+  if (d_KD.defined() && all) d_hidden_TD = d_KD.to(hidden_TD.scalar_type());
+  else if (d_KD.defined()) d_hidden_TD.index_copy_(0, kept.index_K, d_KD.to(hidden_TD.scalar_type()));
+  return nats;
+}
 
 }  // namespace
 
-std::int64_t num_rows_in_chunk(std::int64_t vocabulary_size) { return std::clamp<std::int64_t>((16 << 20) / vocabulary_size, 16, 512); }
+void LossConfig::visit(FieldVisitor& fields) {
+  fields.field("label_smoothing", label_smoothing, {.help = "share of each target that is spread over the whole vocabulary", .low = 0, .high = 0.999});
+  fields.field("z_loss", z_loss, {.help = "weight of the squared log of the softmax's divisor, which keeps logits small (arXiv:2204.02311)", .low = 0, .high = 1});
+}
+
+std::int64_t num_rows_in_chunk(std::int64_t vocabulary_size) { return std::clamp<std::int64_t>((16 << 20) / vocabulary_size / 32 * 32, 32, 512); }
 
 at::Tensor cross_entropy_sum(const at::Tensor& hidden_TD, const models::Linear& head, const at::Tensor& targets_T,
-                             const at::Tensor& keep_T, std::uint64_t dropout_seed) {
-  const auto [index_K, targets_K] = kept_rows(hidden_TD, head, targets_T, keep_T);
+                             const at::Tensor& keep_T, std::uint64_t dropout_seed, const LossConfig& loss) {
+  const Rows kept = kept_rows(hidden_TD, head, targets_T, keep_T);
+  if (takes_tiles(head) && kept.index_K.numel() > 0) {
+    const bool differentiable = at::GradMode::is_enabled() && hidden_TD.requires_grad();
+    at::Tensor d_hidden_TD = differentiable ? at::zeros_like(hidden_TD.detach()) : at::Tensor();
+    const std::vector<double> nats = tiled_nats(hidden_TD, head, kept, loss, d_hidden_TD);
+    const at::Tensor value = at::scalar_tensor(std::accumulate(nats.begin(), nats.end(), 0.0), at::kDouble);
+    return differentiable ? KnownGradients::apply(value, at::TensorList{hidden_TD}, variable_list{d_hidden_TD}) : value;
+  }
+  const at::Tensor targets = kept.targets_K.contiguous();
+  return head_loss_sum(hidden_TD, head, kept.index_K, dropout_seed, [&](at::Tensor& logits_KV, std::int64_t first, bool differentiable) {
+    std::vector<double> nats(static_cast<std::size_t>(logits_KV.size(0)));
+    for_rows(logits_KV, targets.narrow(0, first, logits_KV.size(0)), nats.data(), loss, differentiable);
+    return std::accumulate(nats.begin(), nats.end(), 0.0);
+  });
+}
+
+at::Tensor head_loss_sum(const at::Tensor& hidden_TD, const models::Linear& head, const at::Tensor& index_K, std::uint64_t dropout_seed, const RowLoss& row_loss) {
   const std::int64_t num_kept = index_K.numel(), rows = num_rows_in_chunk(head.weight_OI.size(0));
-  at::Tensor nats = at::scalar_tensor(0, at::kDouble);
-  if (num_kept == 0) return nats;
+  double nats = 0;
+  const auto value = [&] { return at::scalar_tensor(nats, at::kDouble); };
+  if (num_kept == 0) return value();
 
   // Everything that may want a gradient; the hidden states come first.
   variable_list inputs = {hidden_TD};
@@ -87,55 +136,58 @@ at::Tensor cross_entropy_sum(const at::Tensor& hidden_TD, const models::Linear& 
   const bool differentiable = at::GradMode::is_enabled() && (inputs.size() > 1 || hidden_TD.requires_grad());
   variable_list gradients(inputs.size());
   const at::Tensor hidden = hidden_TD.detach();
-  if (differentiable) {
-    gradients[0] = at::zeros_like(hidden);
-    for (std::size_t i = 1; i < inputs.size(); ++i) gradients[i] = at::zeros_like(inputs[i]);
-  }
+  if (differentiable) gradients[0] = at::zeros_like(hidden);
+  const auto add_to = [&](at::Tensor& sum, const at::Tensor& part) {
+    if (sum.defined()) sum.add_(part);
+    else sum = part.to(at::kFloat);
+  };
   const bool plain = !head.adapter && !head.bias_O.defined();
   for (std::int64_t begin = 0; begin < num_kept; begin += rows) {
     const std::int64_t count = std::min(rows, num_kept - begin);
-    const at::Tensor index = index_K.narrow(0, begin, count), targets = targets_K.narrow(0, begin, count);
-    const at::Tensor h_KD = hidden.index_select(0, index);
+    const at::Tensor index = index_K.narrow(0, begin, count), h_KD = hidden.index_select(0, index).to(head.weight_OI.scalar_type());
     const std::uint64_t seed = dropout_seed == 0 ? 0 : derive_seed(dropout_seed, "head", {static_cast<std::uint64_t>(begin)}) | 1;
-    if (plain) {  // closed form: d nats / d logits = softmax - one-hot
+    if (plain) {
       const at::NoGradGuard no_grad;
-      at::Tensor log_p_KV = at::log_softmax(logits_of(head, h_KD, seed), 1);
-      nats += nats_of(log_p_KV, targets).sum(at::kDouble);
+      const at::Tensor weight_VD = head.weight_OI.detach();
+      at::Tensor logits_KV = models::product(h_KD, weight_VD.t());
+      nats += row_loss(logits_KV, begin, differentiable);
       if (!differentiable) continue;
-      log_p_KV.exp_();
-      log_p_KV.scatter_add_(1, targets.unsqueeze(1), at::ones({count, 1}, log_p_KV.options()).neg_());
-      const at::Tensor weight_VD = head.weight_OI.detach(), d_logits_KV = log_p_KV.to(weight_VD.scalar_type());
-      if (hidden_TD.requires_grad()) gradients[0].index_copy_(0, index, at::mm(d_logits_KV, weight_VD).to(hidden.scalar_type()));
-      if (inputs.size() > 1) gradients[1].addmm_(d_logits_KV.t(), h_KD.to(weight_VD.scalar_type()));
+      if (hidden_TD.requires_grad()) gradients[0].index_copy_(0, index, models::product(logits_KV, weight_VD).to(hidden.scalar_type()));
+      if (inputs.size() > 1) add_to(gradients[1], models::product(logits_KV.t(), h_KD));
     } else {  // an adapter or a bias on the head: the Linear's own backward, on this chunk alone
       const at::AutoGradMode grad(differentiable);
-      const at::Tensor leaf_KD = h_KD.detach().requires_grad_(differentiable);
-      const at::Tensor chunk_nats = nats_of(at::log_softmax(logits_of(head, leaf_KD, seed), 1), targets).sum(at::kDouble);
-      nats += chunk_nats.detach();
+      const at::Tensor leaf_KD = h_KD.detach().requires_grad_(differentiable), logits = head(leaf_KD, seed);
+      at::Tensor d_logits_KV = logits.detach().clone();  // the loss overwrites it, and autograd still needs what it saved
+      nats += row_loss(d_logits_KV, begin, differentiable);
       if (!differentiable) continue;
       variable_list wanted = inputs;
       wanted[0] = leaf_KD;
-      const variable_list found = torch::autograd::grad({chunk_nats}, wanted);
+      const variable_list found = torch::autograd::grad({logits}, wanted, {d_logits_KV});
       const at::NoGradGuard no_grad;
-      gradients[0].index_copy_(0, index, found[0]);
-      for (std::size_t i = 1; i < found.size(); ++i) gradients[i] += found[i];
+      gradients[0].index_copy_(0, index, found[0].to(hidden.scalar_type()));
+      for (std::size_t i = 1; i < found.size(); ++i) add_to(gradients[i], found[i]);
     }
   }
-  return differentiable ? KnownGradients::apply(nats, at::TensorList(inputs), gradients) : nats;
+  return differentiable ? KnownGradients::apply(value(), at::TensorList(inputs), gradients) : value();
 }
 
 at::Tensor cross_entropy_of_kept(const at::Tensor& hidden_TD, const models::Linear& head, const at::Tensor& targets_T,
                                  const at::Tensor& keep_T) {
   const at::NoGradGuard no_grad;
-  const auto [index_K, targets_K] = kept_rows(hidden_TD, head, targets_T, keep_T);
-  const std::int64_t num_kept = index_K.numel(), rows = num_rows_in_chunk(head.weight_OI.size(0));
-  at::Tensor nats_K = at::empty({num_kept}, at::kFloat);
-  for (std::int64_t begin = 0; begin < num_kept; begin += rows) {
-    const std::int64_t count = std::min(rows, num_kept - begin);
-    const at::Tensor logits_KV = logits_of(head, hidden_TD.index_select(0, index_K.narrow(0, begin, count)), 0);
-    nats_K.narrow(0, begin, count).copy_(nats_of(at::log_softmax(logits_KV, 1), targets_K.narrow(0, begin, count)));
+  const Rows kept = kept_rows(hidden_TD, head, targets_T, keep_T);
+  at::Tensor nats_K = at::empty({kept.index_K.numel()}, at::kDouble);
+  if (takes_tiles(head) && kept.index_K.numel() > 0) {
+    at::Tensor no_gradient;
+    const std::vector<double> nats = tiled_nats(hidden_TD, head, kept, {}, no_gradient);
+    std::copy(nats.begin(), nats.end(), nats_K.mutable_data_ptr<double>());
+    return nats_K.to(at::kFloat);
   }
-  return nats_K;
+  const at::Tensor targets = kept.targets_K.contiguous();
+  head_loss_sum(hidden_TD, head, kept.index_K, 0, [&](at::Tensor& logits_KV, std::int64_t first, bool) {
+    for_rows(logits_KV, targets.narrow(0, first, logits_KV.size(0)), nats_K.mutable_data_ptr<double>() + first, {}, false);
+    return 0.0;
+  });
+  return nats_K.to(at::kFloat);
 }
 
 }  // namespace alambic::train

@@ -8,6 +8,7 @@
 #include "train/cross_entropy.h"
 #include "train/inputs.h"
 #include "train/loop.h"
+#include "train/memory.h"
 #include "train/run_folder.h"
 #include "train/sampler.h"
 
@@ -23,6 +24,7 @@ TrainReport finetune(const TrainConfig& config, bool resume, const std::function
   for (const std::string& warning : inputs.warnings) log_warning(warning);
   models::Decoder decoder = checkpoints::load_decoder(config.model, compute_type_of(config));
   make_trainable(decoder, config);
+  prepare_blocks(decoder, config);
   AdamW optimizer(lora::trainable(decoder), config.optimizer);
   require_disk(config, optimizer.num_parameters());
   data::BatchStream batches(stream_config(config), static_cast<std::uint32_t>(inputs.model.vocabulary_size));
@@ -31,7 +33,7 @@ TrainReport finetune(const TrainConfig& config, bool resume, const std::function
 
   const LossSum loss_sum = [&](const data::Batch& batch, std::uint64_t dropout_seed) {
     const at::Tensor hidden_TD = decoder.hidden_TD(input_of(batch, dropout_seed));
-    return cross_entropy_sum(hidden_TD, decoder.head, batch.targets_T, batch.keep_T, dropout_seed);
+    return cross_entropy_sum(hidden_TD, decoder.head, batch.targets_T, batch.keep_T, dropout_seed, config.loss);
   };
   const LoopParts parts{
       .batches = batches,

@@ -42,7 +42,7 @@ Inputs open_inputs(const TrainConfig& config) {
 
 Json identity_of(const TrainConfig& config, const Inputs& inputs) {
   Json run = resolved_config(config);
-  for (const char* key : {"output", "model", "samples", "checkpoint", "log_every", "threads"}) run.erase(key);
+  for (const char* key : {"output", "model", "samples", "checkpoint", "log_every", "threads", "memory"}) run.erase(key);
   for (Json& item : run["data"]["mixture"]) item.erase("store");
   for (Json& item : run["evaluation"]["stores"]) item.erase("store");
   run["compute_type"] = toString(compute_type_of(config));  // what "auto" came to

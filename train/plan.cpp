@@ -10,6 +10,7 @@
 #include "core/files.h"
 #include "train/cross_entropy.h"
 #include "train/inputs.h"
+#include "train/memory.h"
 #include "train/run_folder.h"
 #include "train/run_log.h"
 #include "train/sampler.h"
@@ -17,22 +18,7 @@
 namespace alambic::train {
 namespace {
 
-std::uint64_t available_memory() {
-  std::ifstream lines("/proc/meminfo");
-  std::string key, unit;
-  for (std::uint64_t kibibytes = 0; lines >> key >> kibibytes >> unit;)
-    if (key == "MemAvailable:") return kibibytes * 1024;
-  return 0;
-}
-
 double seconds_since(std::chrono::steady_clock::time_point began) { return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count(); }
-
-/// Floats kept for the backward pass, a token and layer: inputs and outputs of every product, of norms, of attention and
-/// of the gate, as the decoder's autograd keeps them.
-std::int64_t activations_per_token(const models::ModelConfig& model) {
-  const std::int64_t query = model.num_heads * model.head_size, key = model.num_kv_heads * model.head_size;
-  return model.num_layers * (6 * model.hidden_size + 4 * query + 4 * key + 4 * model.intermediate_size);
-}
 
 }  // namespace
 
@@ -41,6 +27,7 @@ Json plan(const TrainConfig& config, bool probe) {
   const Inputs inputs = open_inputs(config);
   models::Decoder decoder = checkpoints::load_decoder(config.model, compute_type_of(config));
   make_trainable(decoder, config);
+  const std::string not_fused = prepare_blocks(decoder, config);
   const AdamW optimizer(lora::trainable(decoder), config.optimizer);
   data::BatchStream batches(stream_config(config), static_cast<std::uint32_t>(inputs.model.vocabulary_size));
   const Sampler sampler(config, decoder);
@@ -51,18 +38,12 @@ Json plan(const TrainConfig& config, bool probe) {
   const auto step_tokens = static_cast<double>(batches.counts().tokens);
   Json warnings = inputs.warnings;
 
-  const auto bytes_of = [](at::ScalarType type) { return static_cast<std::uint64_t>(c10::elementSize(type)); };
   const auto parameters = static_cast<std::uint64_t>(inputs.model.num_parameters()), trained = static_cast<std::uint64_t>(optimizer.num_parameters());
-  const auto vocabulary = static_cast<std::uint64_t>(inputs.model.vocabulary_size);
-  const auto batch_tokens = static_cast<std::uint64_t>(config.data.row_length * config.data.rows_per_batch);
-  const std::uint64_t type_bytes = bytes_of(compute_type_of(config));
-  const std::uint64_t weights = parameters * type_bytes, trained_bytes = 2 * trained * sizeof(float), moments = 2 * trained * sizeof(float),
-                      activations = batch_tokens * static_cast<std::uint64_t>(activations_per_token(inputs.model)) * type_bytes,
-                      head = 3 * static_cast<std::uint64_t>(num_rows_in_chunk(inputs.model.vocabulary_size)) * vocabulary * sizeof(float),
-                      library = 160 << 20, total = weights + trained_bytes + moments + activations + head + library, available = available_memory();
+  const MemoryEstimate memory = estimate_memory(decoder, 2 * trained * sizeof(float), config.data.row_length * config.data.rows_per_batch);
+  const std::uint64_t total = memory.total(), available = available_memory();
   if (available > 0 && total > available)
     warnings.push_back("memory: about " + std::to_string(total >> 20) + " MiB are needed, " + std::to_string(available >> 20) +
-                       " MiB are available; lower data.row_length, data.rows_per_batch or lora.rank");
+                       " MiB are available; lower data.row_length, data.rows_per_batch or lora.rank, or set memory: block");
 
   Json time = nullptr;
   if (probe) {  // one micro-batch, forward and backward; the second of two, as the first pays for the pages
@@ -71,7 +52,7 @@ Json plan(const TrainConfig& config, bool probe) {
     for (int round = 0; round < 2; ++round) {
       const auto began = std::chrono::steady_clock::now();
       const at::Tensor hidden_TD = decoder.hidden_TD(input_of(batch, 1));
-      cross_entropy_sum(hidden_TD, decoder.head, batch.targets_T, batch.keep_T, 1).backward();
+      cross_entropy_sum(hidden_TD, decoder.head, batch.targets_T, batch.keep_T, 1, config.loss).backward();
       seconds = seconds_since(began);
     }
     const double rate = static_cast<double>(batch.tokens_T.numel()) / seconds;
@@ -85,8 +66,9 @@ Json plan(const TrainConfig& config, bool probe) {
           {"model", {{"folder", config.model.string()}, {"family", inputs.model.family->model_type}, {"parameters", parameters}, {"trained_parameters", trained},
                      {"compute_type", toString(compute_type_of(config))}, {"sha256", inputs.base_hash}, {"tokenizer_sha256", inputs.tokenizer_hash}}},
           {"data", describe_data(config, inputs)},
-          {"memory", {{"weights", weights}, {"trained", trained_bytes}, {"optimizer", moments}, {"activations", activations}, {"head", head}, {"library", library},
-                      {"total", total}, {"available", available}}},
+          {"memory", {{"weights", memory.weights}, {"trained", memory.trained}, {"optimizer", memory.optimizer}, {"activations", memory.activations}, {"head", memory.head},
+                      {"library", memory.library}, {"total", total}, {"available", available}}},
+          {"blocks", {{"path", decoder.fused ? "fused" : "ATen operators, as " + not_fused}, {"memory", !decoder.fused ? "store" : name_of(decoder.keep)}}},
           {"time", time},
           {"disk", {{"checkpoint", checkpoint}, {"total", checkpoint * static_cast<std::uint64_t>(config.checkpoint.keep + 2)}, {"free", free_bytes(config.output)}}},
           {"licence", licence_verdict(config, inputs)},

@@ -78,12 +78,14 @@ void TrainConfig::visit(FieldVisitor& fields) {
   fields.group("lora", "low-rank adapters (method: lora)", lora);
   fields.group("data", "what is learnt from", data);
   fields.group("evaluation", "held-out text", evaluation);
+  fields.group("loss", "cross-entropy", loss);
   fields.group("optimizer", "AdamW", optimizer);
   fields.group("schedule", "learning rate over time", schedule);
   fields.group("limits", "when the run ends", limits);
   fields.group("samples", "fixed prompts", samples);
   fields.group("checkpoint", "what is kept on disk", checkpoint);
   fields.field("compute_type", compute_type, {.help = "auto: bf16 where the processor multiplies it natively, else f32", .choices = {"auto", "f32", "bf16"}});
+  fields.field("memory", memory, {.help = "kept of the forward pass: store all, all but the mlp's, each block's input alone; the rest is computed again with the same bits. auto: the most that fits", .choices = {"auto", "store", "mlp", "block"}});
   fields.field("threads", threads, {.help = "processor threads; 0: all. The same number gives the same bits", .low = 0, .high = 4096});
   fields.field("seed", seed, {.help = "of the adapter's start, the data order and dropout"});
   fields.field("log_every", log_every, {.help = "steps between progress lines", .unit = "steps", .low = 1, .high = 1e9});

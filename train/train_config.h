@@ -10,6 +10,7 @@
 #include "core/config.h"
 #include "data/batch_stream.h"
 #include "lora/adapter.h"
+#include "train/cross_entropy.h"
 
 namespace alambic::train {
 
@@ -84,12 +85,14 @@ struct TrainConfig {
   lora::LoraConfig lora;
   DataConfig data;
   EvaluationConfig evaluation;
+  LossConfig loss;
   OptimizerConfig optimizer;
   ScheduleConfig schedule;
   LimitsConfig limits;
   SamplesConfig samples;
   CheckpointConfig checkpoint;
   std::string compute_type = "auto";  // auto, f32, bf16
+  std::string memory = "auto";        // auto, store, mlp, block: models::Keep
   std::int64_t threads = 0;           // 0: all processors
   std::uint64_t seed = 0;
   std::int64_t log_every = 10;        // steps between progress lines

@@ -146,7 +146,9 @@ TEST_P(FusedFamily, Bf16IsAsNearToF32AsTheAtenPath) {
   const auto gradients_of = [&](at::ScalarType type, bool fused, at::Tensor& hidden_TD) {
     Decoder decoder = decoder_of(golden_, type);
     attach(decoder, 0);
-    if (fused) EXPECT_EQ(use_fused_blocks(decoder), "");
+    if (fused) {
+      EXPECT_EQ(use_fused_blocks(decoder), "");
+    }
     std::vector<at::Tensor> gradients;
     hidden_TD = run(decoder, input, &gradients).to(at::kFloat);
     return gradients;

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "models/head_product.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/sum.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "core/vectorised.h"
+#include "models/product.h"
+#include "models/row_kernels.h"
+#include "models/tiles.h"
+
+namespace alambic::models {
+namespace {
+
+// A tile of 512 x 96 logits, its transpose, the hidden states and the sums of one thread stay in a megabyte of cache.
+constexpr std::int64_t kRows = 96, kVocabulary = 512;
+
+ALAMBIC_VECTORISED float dot(const float* a, const float* b, std::int64_t count) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (std::int64_t i = 0; i < count; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+// d (+)= nothing: d = softmax part * factor - share of the target's row - smoothing's share of all rows.
+ALAMBIC_VECTORISED void finish_row(float* d, const float* acc, float factor, const float* target_row, float target_share, const float* all_rows, float each, std::int64_t D) {
+  if (all_rows == nullptr) {
+#pragma omp simd
+    for (std::int64_t i = 0; i < D; ++i) d[i] = acc[i] * factor - target_share * target_row[i];
+  } else {
+#pragma omp simd
+    for (std::int64_t i = 0; i < D; ++i) d[i] = acc[i] * factor - target_share * target_row[i] - each * all_rows[i];
+  }
+}
+
+}  // namespace
+
+void tiled_cross_entropy(const at::Tensor& hidden_KD, const at::Tensor& weight_VD, const std::int64_t* targets, double smoothing, double z_loss, double* nats,
+                         at::Tensor& d_hidden_KD) {
+  const std::int64_t K = hidden_KD.size(0), D = hidden_KD.size(1), V = weight_VD.size(0), blocks = (K + kRows - 1) / kRows;
+  const float *const hidden = hidden_KD.const_data_ptr<float>(), *const weight = weight_VD.const_data_ptr<float>();
+  float* const d_hidden = d_hidden_KD.defined() ? d_hidden_KD.mutable_data_ptr<float>() : nullptr;
+  const at::Tensor all_rows_D = smoothing > 0 ? weight_VD.sum(0) : at::Tensor();  // smoothing's target is their mean
+  const float* const all_rows = smoothing > 0 ? all_rows_D.const_data_ptr<float>() : nullptr;
+  at::parallel_for(0, blocks, 1, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<float> turned(static_cast<std::size_t>(D * kRows)), logits(static_cast<std::size_t>(kVocabulary * kRows)), by_row(logits.size()), acc(turned.size()),
+        m(kRows), l(kRows), factor(kRows);
+    for (std::int64_t block = begin; block < end; ++block) {
+      const std::int64_t first = block * kRows, rows = std::min(kRows, K - first);
+      std::fill(turned.begin(), turned.end(), 0.0f);  // rows behind the last: logits of 0, never read
+      tiles::transpose(hidden + first * D, D, turned.data(), kRows, rows, D);
+      std::fill(m.begin(), m.end(), tiles::kHidden);
+      std::fill(l.begin(), l.end(), 0.0f);
+      for (std::int64_t v0 = 0; v0 < V; v0 += kVocabulary) {
+        const std::int64_t count = std::min(kVocabulary, V - v0);
+        tile_product(count, kRows, D, weight + v0 * D, D, turned.data(), kRows, logits.data(), kRows, false);
+        const bool shrinks = tiles::softmax_tile(logits.data(), count, kRows, m.data(), l.data(), factor.data());
+        if (d_hidden == nullptr) continue;
+        if (shrinks && v0 > 0)
+          for (std::int64_t i = 0; i < rows; ++i)
+            if (factor[static_cast<std::size_t>(i)] != 1.0f) tiles::scale(acc.data() + i * D, D, factor[static_cast<std::size_t>(i)]);
+        tiles::transpose(logits.data(), kRows, by_row.data(), count, count, kRows);
+        tile_product(kRows, D, count, by_row.data(), count, weight + v0 * D, D, acc.data(), D, v0 > 0);
+      }
+      for (std::int64_t i = 0; i < rows; ++i) {
+        const std::int64_t row = first + i;
+        const float *const h = hidden + row * D, *const target_row = weight + targets[row] * D;
+        const double sum = l[static_cast<std::size_t>(i)], log_sum = static_cast<double>(m[static_cast<std::size_t>(i)]) + std::log(sum);
+        const double plain = smoothing > 0 ? dot(h, all_rows, D) : 0;
+        nats[row] = log_sum - (1 - smoothing) * dot(h, target_row, D) - (smoothing > 0 ? smoothing * plain / static_cast<double>(V) : 0) + z_loss * log_sum * log_sum;
+        if (d_hidden == nullptr) continue;
+        finish_row(d_hidden + row * D, acc.data() + i * D, static_cast<float>((1 + 2 * z_loss * log_sum) / sum), target_row, static_cast<float>(1 - smoothing), all_rows,
+                   static_cast<float>(smoothing / static_cast<double>(V)), D);
+      }
+    }
+  });
+}
+
+}  // namespace alambic::models

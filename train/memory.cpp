@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "train/memory.h"
+
+#include <algorithm>
+#include <fstream>
+
+#include "core/error.h"
+#include "core/log.h"
+#include "models/fused_blocks.h"
+
+namespace alambic::train {
+namespace {
+
+constexpr std::pair<const char*, models::Keep> kPolicies[] = {{"store", models::Keep::kAll}, {"mlp", models::Keep::kNoMlp}, {"block", models::Keep::kInputs}};
+constexpr double kShareOfAvailable = 0.85;  // the estimate may be some percent low, and the machine does other things
+
+// Bytes a token that a forward and backward pass takes besides what is kept, while the widest block is at work.
+double work_per_token(const models::Decoder& decoder) {
+  const models::ModelConfig& config = decoder.config;
+  const auto element = static_cast<double>(c10::elementSize(decoder.compute_type()));
+  const auto D = static_cast<double>(config.hidden_size), F = static_cast<double>(config.intermediate_size);
+  const double queries = static_cast<double>(config.num_heads * config.head_size), keys = static_cast<double>(config.num_kv_heads * config.head_size);
+  const double residual = 4 * D * 2 + element * D;  // the gradient of the residual, and what a norm makes
+  const double mlp = element * (2 * D + F + (decoder.keep == models::Keep::kAll ? 0 : 2 * F));
+  const double again = decoder.keep == models::Keep::kInputs ? 4 * D + element * (2 * queries + 2 * keys) : 0;
+  const double attention = 4 * (3 * queries + 5 * keys) + element * (2 * queries + 2 * keys + D);
+  return residual + again + std::max(mlp, attention);
+}
+
+// As the ATen path keeps them: inputs and outputs of every product, of norms, of attention and of the gate.
+double aten_bytes_per_token(const models::Decoder& decoder) {
+  const models::ModelConfig& config = decoder.config;
+  const std::int64_t query = config.num_heads * config.head_size, key = config.num_kv_heads * config.head_size;
+  return static_cast<double>(config.num_layers * (6 * config.hidden_size + 4 * query + 4 * key + 4 * config.intermediate_size)) * static_cast<double>(c10::elementSize(decoder.compute_type()));
+}
+
+}  // namespace
+
+const char* name_of(models::Keep keep) {
+  for (const auto& [name, each] : kPolicies)
+    if (each == keep) return name;
+  fail(ErrorKind::kBug, "a memory policy without a name");
+}
+
+std::uint64_t available_memory() {
+  std::ifstream lines("/proc/meminfo");
+  std::string key, unit;
+  for (std::uint64_t kibibytes = 0; lines >> key >> kibibytes >> unit;)
+    if (key == "MemAvailable:") return kibibytes * 1024;
+  return 0;
+}
+
+MemoryEstimate estimate_memory(models::Decoder& decoder, std::uint64_t optimizer_bytes, std::int64_t batch_tokens) {
+  const models::ModelConfig& model = decoder.config;
+  MemoryEstimate estimate{.optimizer = optimizer_bytes, .library = 200 << 20};
+  for (const models::NamedTensor& tensor : decoder.tensors()) {
+    estimate.weights += tensor.tensor->nbytes();
+    if (tensor.tensor->requires_grad()) estimate.trained += tensor.tensor->nbytes();
+  }
+  for (const models::NamedLinear& linear : decoder.linears())
+    if (linear.linear->adapter) estimate.trained += 2 * (linear.linear->adapter->a_RI.nbytes() + linear.linear->adapter->b_OR.nbytes());
+  const auto tokens = static_cast<double>(batch_tokens);
+  const double kept = decoder.fused ? models::kept_bytes_per_token(decoder) + work_per_token(decoder) : aten_bytes_per_token(decoder);
+  estimate.activations = static_cast<std::uint64_t>(tokens * kept);
+  const auto rows = static_cast<std::uint64_t>(std::min<std::int64_t>(num_rows_in_chunk(model.vocabulary_size), batch_tokens));
+  estimate.head = rows * static_cast<std::uint64_t>(model.vocabulary_size) * c10::elementSize(decoder.head.weight_OI.scalar_type()) +
+                  static_cast<std::uint64_t>(tokens * 3 * static_cast<double>(model.hidden_size)) * c10::elementSize(decoder.compute_type());
+  return estimate;
+}
+
+std::string prepare_blocks(models::Decoder& decoder, const TrainConfig& config) {
+  const std::string reason = models::use_fused_blocks(decoder);
+  if (!reason.empty()) {
+    if (config.memory == "mlp" || config.memory == "block")
+      fail(ErrorKind::kUsage, "memory: ", config.memory, " needs the fused blocks, which cannot be used: ", reason, Remedy{"use memory: auto"});
+    log_info("blocks: ATen operators, as ", reason);
+    return reason;
+  }
+  std::uint64_t trained = 0;
+  for (const models::NamedTensor& tensor : lora::trainable(decoder)) trained += tensor.tensor->nbytes();
+  const std::uint64_t available = available_memory(), optimizer_bytes = 2 * trained;
+  for (const auto& [name, keep] : kPolicies) {
+    decoder.keep = keep;
+    if (config.memory == name) break;
+    if (config.memory != "auto") continue;
+    if (available == 0) break;
+    if (static_cast<double>(estimate_memory(decoder, optimizer_bytes, config.data.row_length * config.data.rows_per_batch).total()) < kShareOfAvailable * static_cast<double>(available)) break;
+  }
+  log_info("blocks: fused, memory: ", name_of(decoder.keep));
+  return "";
+}
+
+}  // namespace alambic::train

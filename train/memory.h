@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// What a run will take of memory, and what the decoder keeps so that it fits.
+#include <cstdint>
+
+#include "models/decoder.h"
+#include "train/train_config.h"
+
+namespace alambic::train {
+
+struct MemoryEstimate {  // bytes
+  std::uint64_t weights = 0;      // frozen and trained, as they are computed with
+  std::uint64_t trained = 0;      // gradients, and the adapters themselves
+  std::uint64_t optimizer = 0;    // its state
+  std::uint64_t activations = 0;  // kept for the backward pass, and one block's work
+  std::uint64_t head = 0;         // a chunk of logits, and the gradients of hidden states
+  std::uint64_t library = 0;      // libtorch and the program
+  std::uint64_t total() const { return weights + trained + optimizer + activations + head + library; }
+};
+/// Of a decoder that is ready to train (use_fused_blocks() called) at micro-batches of so many tokens.
+MemoryEstimate estimate_memory(models::Decoder& decoder, std::uint64_t optimizer_bytes, std::int64_t batch_tokens);
+
+/// "store", "mlp" or "block".
+const char* name_of(models::Keep keep);
+
+/// What the machine can still give, bytes; 0: unknown.
+std::uint64_t available_memory();
+
+/// Takes the fused path where it can be taken, sets what is kept as config.memory says, and logs both. Returns why the fused path
+/// is not taken, "" where it is.
+std::string prepare_blocks(models::Decoder& decoder, const TrainConfig& config);
+
+}  // namespace alambic::train
