@@ -7,6 +7,8 @@ cd "$(dirname "$0")/.."
 if [ "${1:-}" = --oracle ]; then
   shift
   scripts/setup.sh --oracle
+  . scripts/fetch.sh
+  fetch_smollm2 # its real weights, tokenizer and template are compared as well
   choice=()
 else
   scripts/setup.sh

