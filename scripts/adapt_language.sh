@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh
-. scripts/build.sh
+targets=alambic . scripts/build.sh
 . scripts/fetch.sh
 alambic=build/release/cli/alambic
 here=runs/adapt-language
@@ -24,5 +24,5 @@ for pair in indonesian:id-ID english:en-US; do
     --set "sources.0.paths=[$here/corpus/$language/heldout]"
 done
 "$alambic" train configs/adapt-language.yaml --resume
-"$alambic" merge "$here/run" "$here/merged"
+"$alambic" merge "$here/run" "$here/merged" --base-name HuggingFaceTB/SmolLM2-135M-Instruct
 python3 scripts/result_table.py "$here"

@@ -30,6 +30,7 @@ fetch_debian_handbook() { # one book in 26 languages, GPL-2.0-or-later or CC-BY-
   if [ ! -e .deps/debian-handbook/.complete ]; then
     echo "fetch: debian-handbook" >&2
     rm -rf .deps/debian-handbook && mkdir -p .deps/debian-handbook
+    apt-cache show debian-handbook=11.20220922 >/dev/null 2>&1 || $([ "$(id -u)" = 0 ] || echo sudo) apt-get update -qq >&2
     (cd .deps/debian-handbook && apt-get download -qq debian-handbook=11.20220922 && dpkg-deb -x debian-handbook_*.deb . && rm debian-handbook_*.deb)
     touch .deps/debian-handbook/.complete
   fi

@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh
-. scripts/build.sh
+targets=alambic . scripts/build.sh
 . scripts/fetch.sh
 alambic=build/release/cli/alambic
 here=runs/quickstart
@@ -22,5 +22,5 @@ for language in ukrainian english; do
     --set "sources.0.paths=[$here/corpus/$language/heldout.jsonl]"
 done
 "$alambic" train configs/quickstart-train.yaml --resume
-"$alambic" merge "$here/run" "$here/merged"
+"$alambic" merge "$here/run" "$here/merged" --base-name HuggingFaceTB/SmolLM2-135M-Instruct
 python3 scripts/result_table.py "$here"
