@@ -98,13 +98,14 @@ class CommandWords {
   }
   std::string whole(const std::string& seen) const {
     const std::size_t mark = seen.find(kMark);
-    return mark == seen.npos ? seen : seen.substr(0, mark) + tails_.at(std::stoul(seen.substr(mark + 1)));
+    std::size_t number = 0;  // absent where cxxopts took the mark for a letter, see refuse_unknown()
+    return mark == seen.npos || !reads_as(seen.substr(mark + 1), number) ? seen : seen.substr(0, mark) + tails_.at(number);
   }
 
- private:
   static constexpr char kMark = '\x01';
   static constexpr std::size_t kLongestName = 64;  // of any option; what is longer is unknown and need not be searched
 
+ private:
   static std::size_t tail_of(const Verb& verb, const std::string& word) {
     if (!word.starts_with("-")) return word.npos;
     std::size_t begin = 1;
@@ -124,9 +125,11 @@ class CommandWords {
   std::vector<std::string> seen_, tails_;
 };
 
+bool is_group_of_letters(const std::string& word) { return word.size() >= 3 && word[0] == '-' && word[1] != '-'; }
+
 // "model" of -model or -model=x where --model exists; "" of any other word.
 std::string name_behind_one_dash(const Verb& verb, const std::string& word) {
-  if (word.size() < 3 || word[0] != '-' || word[1] == '-') return "";
+  if (!is_group_of_letters(word)) return "";
   const std::string name = word.substr(1, word.find('=') - 1);
   return find_option(verb, name) ? name : "";
 }
@@ -139,7 +142,10 @@ std::string name_behind_one_dash(const Verb& verb, const std::string& word) {
     nearest = nearest_name(option.substr(2), known);
   } else {
     for (const std::string& word : words) {
-      if (word.size() < 3 || word[0] != '-' || word[1] == '-' || word.find(option[1]) == word.npos) continue;
+      if (!is_group_of_letters(word)) continue;
+      if (option[1] == CommandWords::kMark && word.size() > CommandWords::kLongestName)  // its tail was hidden, though all of it are switches
+        fail(ErrorKind::kUsage, verb.name, ": ", word.size() - 1, " options in one word: ", printable(word.substr(0, 20)), "...", see_help(verb));
+      if (word.find(option[1]) == word.npos) continue;
       within = " in " + printable(word);
       nearest = name_behind_one_dash(verb, word);
       break;

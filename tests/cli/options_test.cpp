@@ -87,6 +87,8 @@ TEST(Options, EveryMistakeIsNamed) {
       {{"in", "-m", "m", "--quiet="}, "sample: --quiet takes no value, got "},
       {{"in", "--" + std::string(100'000, 'a')}, "sample: unknown option --aaaa"},
       {{"in", "-" + std::string(100'000, 'z')}, "sample: unknown option -z in -zzzz"},
+      {{"in", "-" + std::string(100'000, 'q')}, "sample: 100000 options in one word: -qqqqqqqqqqqqqqqqqqq... / "},
+      {{"in", "-q\x01", "-m", "m"}, "sample: unknown option -\\x01 in -q\\x01"},
       {{"in", "--zzzzzz"}, "sample: unknown option --zzzzzz / "},
       {{"in", "-x"}, "sample: unknown option -x / "},
       {{"in", "-qx", "-m", "m"}, "sample: unknown option -x in -qx"},
@@ -113,6 +115,8 @@ TEST(Options, EveryMistakeIsNamed) {
   };
   for (const auto& each : cases) EXPECT_TRUE(fails_with(ErrorKind::kUsage, each.said, [&] { parsed(each.words); })) << each.said;
 }
+
+TEST(Options, ASwitchMayBeRepeated) { EXPECT_TRUE(parsed({"in", "-m", "m", "-qqq", "--quiet"}).has("quiet")); }
 
 TEST(Options, HelpIsAskedForAlongWithAnything) { EXPECT_TRUE(parsed({"-h"}).has("help")); }
 
