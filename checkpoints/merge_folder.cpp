@@ -169,15 +169,28 @@ bool is_result_of(const fs::path& run_folder, const Json& run, const fs::path& a
   return fs::is_directory(result) && (fs::equivalent(result, adapter) || hash_of_files(result, true) == hash_of_files(adapter, true));
 }
 
+/// How the card calls the base: as asked for, by the id that the Hub's cache keeps it under, or as its folder.
+std::string name_of_base(const MergeConfig& config) {
+  if (!config.base_name.empty()) return config.base_name;
+  const fs::path folder = fs::absolute(config.base).lexically_normal();
+  for (const fs::path& part : folder) {  // models--org--name/snapshots/<commit>
+    std::string id = part.string();
+    if (!id.starts_with("models--")) continue;
+    id.erase(0, 8);
+    if (const std::size_t between = id.find("--"); between != id.npos) return id.replace(between, 2, "/");
+  }
+  return (folder.has_filename() ? folder : folder.parent_path()).filename().string();
+}
+
 /// What the run's report says of data and figures, and the proof, as a card.
 CardInfo card_of(const MergeConfig& config, const Json& run, const std::string& source, const MergeReport& report) {
   CardInfo card;
-  const std::string base_name = config.base_name.empty() ? fs::absolute(config.base).lexically_normal().filename().string() : config.base_name;
+  const std::string base_name = name_of_base(config);
   card.title = config.name.empty() ? report.output.filename().string() : config.name;
   card.summary = report.relation == "merge" ? "The weights of " + base_name + " with an adapter merged into them." : base_name + ", fine-tuned as a whole.";
   card.licence = card.base_licence = licence_of_model(config.base);
   card.base_models = {base_name};
-  card.base_relation = report.relation;
+  card.base_relation = "finetune";  // "merge" would say that several models were put together
   if (run.is_object()) {
     const Json all_data = value_or<Json>(run, "data", Json::array(), source);
     for (const Json& store : all_data) {
@@ -411,6 +424,7 @@ MergeReport merge_folder(const MergeConfig& given) {
   report.warnings = licence_warnings(card);
   report.warnings.insert(report.warnings.end(), card.warnings.begin(), card.warnings.end());
   for (const std::string& warning : report.warnings) log_warning(warning);
+  if (config.base_name.empty()) log_info("the card calls the base ", name_of_base(config), "; --base-name gives it the name that others know");
   write_file(temporary.path() / "README.md", model_card(card));
   Json proof = report.json();
   for (const char* key : {"output", "already_done", "seconds", "megabytes_per_second"}) proof.erase(key);

@@ -124,7 +124,7 @@ TEST(MergeFolderFiles, CompanionsCardAndManifest) {
   for (const char* name : {"LICENSE", "NOTICE", "generation_config.json", "chat_template.jinja"})
     EXPECT_EQ(read_file(merge.config.output / name), read_file(merge.config.base / name)) << name;
   const std::string card = read_file(merge.config.output / "README.md");
-  for (const char* words : {"base_model:\n- some/base", "base_model_relation: merge", "license: apache-2.0", "Proof of the merge", "No report of a training run"})
+  for (const char* words : {"base_model:\n- some/base", "base_model_relation: finetune", "license: apache-2.0", "Proof of the merge", "No report of a training run"})
     EXPECT_NE(card.find(words), std::string::npos) << words << "\n" << card;
   const Json manifest = check_manifest(merge.config.output);
   EXPECT_EQ(manifest["files"].size(), 7u) << manifest["files"].dump(1);  // weights, config, card, and four companions
@@ -239,6 +239,17 @@ TEST(MergeFolderRuns, TheReportOfTheRunIsCitedAndItsLicencesAreNamed) {
   report["base"]["sha256"] = std::string(64, '0');
   write_file(run / "report.json", report.dump());
   EXPECT_TRUE(merge.refused(ErrorKind::kData, "trained another base"));
+}
+
+TEST(MergeFolderFiles, ABaseInTheHubsCacheKeepsItsName) {
+  Case merge("llama_tied.lora");
+  const fs::path snapshot = merge.scratch / "hub/models--some-org--a-model-7b/snapshots/0123abcd";
+  fs::create_directories(snapshot.parent_path());
+  fs::rename(merge.config.base, snapshot);
+  merge.config.base = snapshot / "";
+  merge_folder(merge.config);
+  const std::string card = read_file(merge.config.output / "README.md");
+  EXPECT_NE(card.find("base_model:\n- some-org/a-model-7b\n"), std::string::npos) << card;
 }
 
 TEST(MergeFolderRuns, AnUnknownLicenceOfTheBaseIsNamed) {
