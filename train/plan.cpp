@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "train/plan.h"
 
+#include <unistd.h>
+
 #include <chrono>
 #include <cmath>
 #include <fstream>
@@ -20,11 +22,26 @@ namespace {
 
 double seconds_since(std::chrono::steady_clock::time_point began) { return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count(); }
 
+/// What train would say of the output folder; nothing is made. Error(kUsage) where it cannot be.
+std::string note_on_output(const std::filesystem::path& output) {
+  std::filesystem::path there = std::filesystem::absolute(output).lexically_normal();
+  while (!std::filesystem::exists(there)) there = there.parent_path();
+  if (!std::filesystem::is_directory(there) || ::access(there.c_str(), W_OK | X_OK) != 0)
+    fail(ErrorKind::kUsage, "output: ", output.string(), ": cannot be made, as ", there.string(), " is no folder that can be written", Remedy{"choose another folder"});
+  if (!std::filesystem::exists(output)) return "";
+  for (const std::filesystem::directory_entry& entry : std::filesystem::directory_iterator(output))
+    if (entry.path().filename() != ".lock")
+      return "output: " + output.string() + (std::filesystem::exists(output / "report.json") ? " holds a finished run" : " is not empty") +
+             ": train needs --resume, which goes on with it if its settings are these, or another folder";
+  return "";
+}
+
 }  // namespace
 
 Json plan(const TrainConfig& config, bool probe) {
   use_threads(config);
   const Inputs inputs = open_inputs(config);
+  const std::string note = note_on_output(config.output);
   models::Decoder decoder = checkpoints::load_decoder(config.model, compute_type_of(config));
   make_trainable(decoder, config);
   const std::string not_fused = prepare_blocks(decoder, config);
@@ -37,6 +54,7 @@ Json plan(const TrainConfig& config, bool probe) {
   const std::vector<data::Batch> first_step = batches.next_step();
   const auto step_tokens = static_cast<double>(batches.counts().tokens);
   Json warnings = inputs.warnings;
+  if (!note.empty()) warnings.push_back(note);
 
   const auto parameters = static_cast<std::uint64_t>(inputs.model.num_parameters()), trained = static_cast<std::uint64_t>(optimizer.num_parameters());
   const MemoryEstimate memory = estimate_memory(decoder, 2 * trained * sizeof(float), config.data.row_length * config.data.rows_per_batch);

@@ -463,6 +463,8 @@ TEST_F(CommandLine, ARunFromPlanToMerge) {
   const Json report = object_of(trained);
   EXPECT_FALSE(trained.err.empty()) << "no progress was shown";
   EXPECT_TRUE(refuses({"train", config}, 2, "run"));                 // the folder is not empty
+  EXPECT_EQ(planned["warnings"].size(), 1u) << "the store that is learnt from, and nothing of the output: " << planned["warnings"];
+  EXPECT_NE(call({"plan", config, "--no-probe"}).out.find("run holds a finished run: train needs --resume"), std::string::npos);
   EXPECT_EQ(call({"train", config, "--resume", "-q"}).code, 0);      // finished: left alone
   EXPECT_TRUE(refuses({"train", config, "--resume", "--set", "seed=5"}, 2, "this run was started with other settings or data:\n  seed: 0 then, 5 now"));
 
@@ -511,6 +513,8 @@ TEST_F(CommandLine, SigtermSavesAndEndsWith75AndResumeGoesOn) {
 }
 
 TEST_F(CommandLine, TrainMistakes) {
+  for (const char* verb : {"train", "plan"})
+    EXPECT_TRUE(refuses({verb, train_yaml(), "--set", "output=" + there("notes.md") + "/run"}, 2, "notes.md/run: cannot be made"));
   EXPECT_TRUE(refuses({"train", train_yaml(), "--set", "model=" + there("nowhere")}, 3, "nowhere"));
   EXPECT_TRUE(refuses({"train", train_yaml(), "--set", "data.mixture.0.store=" + there("nowhere")}, 3, "nowhere"));
   EXPECT_TRUE(refuses({"train", train_yaml(), "--set", "data.mixture.0.store=" + there("foreign-store")}, 3, "tokenizer"));
