@@ -13,6 +13,12 @@ std::string figure(const Json& number, int digits) {
   return problem == std::errc{} ? std::string(buffer, end) : "-";
 }
 
+std::string short_figure(double number) {
+  char buffer[32];
+  const auto [end, problem] = std::to_chars(buffer, buffer + sizeof buffer, number, std::chars_format::general, 3);
+  return {buffer, end};
+}
+
 std::string grouped(const Json& number) {
   std::string text = number.is_number_integer() ? number.dump() : figure(number, 0);
   const std::size_t first = text.starts_with("-") ? 1 : 0;

@@ -9,6 +9,8 @@ namespace alambic::cli {
 
 /// With so many digits behind the point; "-" for what is no number.
 std::string figure(const Json& number, int digits);
+/// With three digits, whatever its size: "9.68e-05", "37.7".
+std::string short_figure(double number);
 /// Whole, in groups of three: "59,700"; "-" for what is no number.
 std::string grouped(const Json& number);
 /// "2.35 GB" (10^9 bytes); "unknown" for what is no number.

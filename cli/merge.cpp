@@ -2,6 +2,7 @@
 #include <ostream>
 
 #include "checkpoints/merge_folder.h"
+#include "cli/figures.h"
 #include "cli/model_options.h"
 #include "cli/verbs.h"
 #include "core/error.h"
@@ -58,8 +59,8 @@ int run_merge(const Arguments& arguments, const Terminal& terminal) {
   out << printable(report.output.string()) << ": " << (report.already_done ? "this merge is there already, whole; nothing was written" : "written") << "\n";
   out << "  weights: " << report.weights << ", " << report.num_tensors << " tensors, " << report.num_changed << " changed by " << report.num_adapter_tensors
       << " adapter tensors; head " << (report.head_tied ? "tied" : "not tied") << "\n";
-  out << "  proof: largest logit difference " << to_line(report.largest_difference) << " of " << to_line(report.largest_logit) << ", KL " << to_line(report.kl)
-      << " nats a token over " << report.probe_tokens << " tokens (the base itself: " << to_line(report.kl_of_base) << ")\n";
+  out << "  proof: largest logit difference " << short_figure(report.largest_difference) << " of " << short_figure(report.largest_logit) << ", KL "
+      << short_figure(report.kl) << " nats a token over " << report.probe_tokens << " tokens (the base itself: " << short_figure(report.kl_of_base) << ")\n";
   for (const std::string& warning : report.warnings) out << "  note: " << warning << "\n";
   return 0;
 }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <charconv>
 #include <chrono>
+#include <cmath>
 #include <condition_variable>
 #include <deque>
 #include <exception>
@@ -495,7 +496,8 @@ PrepareReport prepare(const PrepareConfig& config) {
       if (seconds_since(last_said) > 5) {
         last_said = std::chrono::steady_clock::now();
         const double seconds = seconds_since(started);
-        log_info("prepared ", report.records, " records, ", static_cast<double>(text_bytes) / 1e6, " MB, ", static_cast<double>(text_bytes) / 1e6 / seconds, " MB/s");
+        const auto tenths = [](double value) { return std::round(value * 10) / 10; };
+        log_info("prepared ", report.records, " records, ", tenths(static_cast<double>(text_bytes) / 1e6), " MB, ", tenths(static_cast<double>(text_bytes) / 1e6 / seconds), " MB/s");
       }
     };
     Job job;

@@ -13,7 +13,7 @@
 namespace alambic::train {
 namespace {
 
-constexpr double kLossSmoothing = 0.98;
+constexpr double kLossSmoothing = 0.9;  // of progress lines: about the last ten steps
 
 class Loop {
  public:
@@ -97,7 +97,8 @@ class Loop {
       for (const auto& [key, value] : figures.items())
         if (!value.is_object()) flat[key] = value;
       log_.metrics(progress_.step, "evaluation/" + name, flat);
-      log_info("step ", progress_.step, "  ", name, ": loss ", figures["loss"], ", bits per byte ", figures["bits_per_byte"]);
+      const auto shown = [&](const char* key) { return figures[key].is_number() ? printed("%.4f", figures[key].get<double>()) : "unknown"; };
+      log_info("step ", progress_.step, "  ", name, ": loss ", shown("loss"), ", bits per byte ", shown("bits_per_byte"));
     }
     if (progress_.step == 0) return false;  // the base is what the best is compared with, not a result of the run
     const double loss = progress_.latest[parts_.chosen_by]["loss"].get<double>();

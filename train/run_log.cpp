@@ -30,13 +30,12 @@ std::uint64_t size_or_zero(const std::filesystem::path& path) {
   return missing ? 0 : size;
 }
 
-std::string printed(const char* format, double value) {
-  std::string text(64, '\0');
-  text.resize(static_cast<std::size_t>(std::snprintf(text.data(), text.size(), format, value)));
-  return text;
-}
-
 }  // namespace
+
+std::string printed(const char* format, double value) {
+  char text[400];  // the largest double has 309 digits
+  return {text, static_cast<std::size_t>(std::snprintf(text, sizeof text, format, value))};
+}
 
 Memory process_memory() {
   Memory memory;

@@ -20,6 +20,9 @@ Memory process_memory();
 /// "1h02m", "3m20s", "8s".
 std::string duration_text(double seconds);
 
+/// A number by a printf format, for a person.
+std::string printed(const char* format, double value);
+
 /// Appends lines to a file that has `committed_bytes` valid bytes: what is behind them is cut off first. A file that is
 /// shorter is reported, and goes on where it ends.
 class LineFile {

@@ -132,6 +132,8 @@ TEST(Options, KeysOfAConfigLeadToSet) {
 TEST(Figures, AreReadable) {
   EXPECT_EQ(figure(20.356592079520727, 1), "20.4");
   EXPECT_EQ(figure(nullptr, 1), "-");
+  EXPECT_EQ(short_figure(9.679794311523438e-05), "9.68e-05");
+  EXPECT_EQ(short_figure(37.663883), "37.7");
   EXPECT_EQ(grouped(59700.0), "59,700");
   EXPECT_EQ(grouped(999), "999");
   EXPECT_EQ(grouped(-1000000), "-1,000,000");
