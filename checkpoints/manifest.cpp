@@ -62,6 +62,7 @@ void write_manifest(const fs::path& folder, const Json& facts, const std::vector
 Json check_manifest(const fs::path& folder) {
   const fs::path path = folder / kName;
   const Json manifest = read_json_file(path);
+  const Remedy remedy{"the folder was changed or damaged since it was written: remove it and make it again"};
   const Json files = require<Json>(manifest, "files", path.string());
   if (!files.is_object() || files.empty()) fail(ErrorKind::kData, path.string(), ": \"files\" must name files with their hashes");
   for (const auto& [name, value] : files.items()) {
@@ -69,9 +70,9 @@ Json check_manifest(const fs::path& folder) {
     if (relative.is_absolute() || relative.lexically_normal() != relative || *relative.begin() == "..")
       fail(ErrorKind::kData, path.string(), ": \"", name, "\" is no name of a file in this folder");
     const std::string wanted = require<std::string>(value, "sha256", path.string() + ": " + name);
-    if (!fs::is_regular_file(folder / relative)) fail(ErrorKind::kData, path.string(), ": ", name, " is missing");
+    if (!fs::is_regular_file(folder / relative)) fail(ErrorKind::kData, path.string(), ": ", name, " is missing", remedy);
     const std::string actual = sha256_of_file(folder / relative);
-    if (actual != wanted) fail(ErrorKind::kData, path.string(), ": ", name, " has the SHA-256 ", actual, ", expected ", wanted);
+    if (actual != wanted) fail(ErrorKind::kData, path.string(), ": ", name, " has the SHA-256 ", actual, ", expected ", wanted, remedy);
   }
   return manifest;
 }

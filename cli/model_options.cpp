@@ -28,6 +28,9 @@ void check_model_folder(const std::filesystem::path& folder) {
   if (!std::filesystem::is_directory(folder))
     fail(ErrorKind::kData, name, ": a file, not a model folder",
          Remedy{folder.extension() == ".gguf" ? "alambic import " + name + " FOLDER makes a folder of it" : "give the folder that holds config.json"});
+  if (std::filesystem::exists(folder / "metrics.jsonl"))  // its config.json is that of the training
+    fail(ErrorKind::kData, name, ": a run, not a model",
+         Remedy{std::filesystem::exists(folder / "weights") ? "give " + name + "/weights" : "give its base as --model and this folder as --adapter; alambic merge makes a model of both"});
   if (std::filesystem::exists(folder / "config.json")) return;
   if (std::filesystem::exists(folder / "adapter_config.json"))
     fail(ErrorKind::kData, name, ": an adapter, not a model", Remedy{"give its base as --model and this folder as --adapter"});

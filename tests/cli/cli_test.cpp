@@ -472,6 +472,7 @@ TEST_F(CommandLine, ARunFromPlanToMerge) {
   EXPECT_EQ(evaluated["stores"][0]["name"], "words");
   EXPECT_NE(evaluated["adapter"], nullptr);
 
+  EXPECT_TRUE(refuses({"score", "-m", run, "--ids", "4,5"}, 3, "run: a run, not a model\n  remedy: give its base as --model and this folder as --adapter"));
   const Json merge = object_of(call({"merge", run, merged, "--json"}));
   EXPECT_EQ(call({"merge", run, merged}).code, 0);  // the same merge again
   EXPECT_TRUE(refuses({"merge", there("adapter"), merged, "--base", there("model")}, 2, "merged"));
