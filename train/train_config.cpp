@@ -53,7 +53,7 @@ void ScheduleConfig::visit(FieldVisitor& fields) {
 
 void LimitsConfig::visit(FieldVisitor& fields) {
   fields.field("max_steps", max_steps, {.help = "optimiser steps; 0: no limit", .unit = "steps", .low = 0, .high = 1e12});
-  fields.field("max_epochs", max_epochs, {.help = "passes over the store that lasts longest; 0: no limit", .low = 0, .high = 1e6});
+  fields.field("max_epochs", max_epochs, {.help = "passes over the store of the largest weight, the first of equals; 0: no limit", .low = 0, .high = 1e6});
   fields.field("max_tokens", max_tokens, {.help = "tokens read, rounded up to a whole step; 0: no limit", .unit = "tokens", .low = 0, .high = 1e16});
   fields.field("patience", patience, {.help = "evaluations without improvement before the run stops early; 0: never", .low = 0, .high = 1e6});
   fields.field("min_delta", min_delta, {.help = "smallest fall of the best loss that patience takes for improvement", .unit = "nats a token", .low = 0, .high = 100});
