@@ -14,6 +14,7 @@
 #include "core/files.h"
 #include "core/json.h"
 #include "core/log.h"
+#include "lora/initialise.h"
 
 namespace alambic::checkpoints {
 namespace {
@@ -147,7 +148,7 @@ std::string tied_head_key(models::Decoder& decoder) {
   return std::string(lora::kPeftPrefix) + decoder.linears().back().path + ".weight";
 }
 
-std::string card(const lora::LoraConfig& config, const std::string& base_name) {
+std::string card(const lora::LoraConfig& config, const std::string& init, const std::string& base_name) {
   std::ostringstream text;
   // A path of this machine says nothing to others: only its last part is named.
   const std::string name = base_name.find('/') == std::string::npos || !std::filesystem::path(base_name).is_absolute()
@@ -157,7 +158,7 @@ std::string card(const lora::LoraConfig& config, const std::string& base_name) {
   if (!name.empty()) text << "base_model: " << Json(name).dump() << "\n";
   text << "tags:\n- lora\n- alambic\n---\n\n# Adapter" << (name.empty() ? "" : " for " + name) << "\n\n"
        << (config.dora ? "DoRA" : config.rslora ? "rank-stabilised LoRA" : "LoRA") << " of rank " << config.rank << ", alpha " << config.alpha
-       << ", in PEFT's format. Its licence follows from the base model's and the training data's.\n\n"
+       << (init == "kaiming" ? "" : ", started as " + init) << ", in PEFT's format. Its licence follows from the base model's and the training data's.\n\n"
        << "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
        << "model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), ADAPTER)\n```\n";
   return text.str();
@@ -201,8 +202,14 @@ lora::LoraConfig read_adapter_config(const std::filesystem::path& folder) {
   if (!json.contains("peft_type")) problems.push_back(source + ": peft_type: missing; is this an adapter's config?");
   require_one_of("peft_type", {"LORA"});
   require_one_of("task_type", {"CAUSAL_LM", nullptr});
-  // Other ways to initialise (pissa, olora, loftq ...) also change the base weights, which the folder does not hold.
-  require_one_of("init_lora_weights", {true, false, "gaussian", "orthogonal", nullptr});
+  read("init_lora_weights", [&](const Json& found) {
+    if (found == false) config.init = "false";
+    else if (found == "gaussian" || found == "pissa" || found == "olora") config.init = found.get<std::string>();
+    else if (found.is_string() && found.get<std::string>().starts_with("pissa_niter_"))
+      fail(ErrorKind::kData, to_line(found), ": this start changed the base by a random draw that the folder does not hold; save it with PEFT's path_initial_model_for_weight_conversion");
+    // Other ways (loftq, corda, eva ...) also change the base weights, or need data to be made again.
+    else if (found != true && found != "orthogonal" && !found.is_null()) fail(ErrorKind::kData, to_line(found), " is not implemented");
+  });
   config.rank = 8, config.alpha = 8, config.targets.clear();  // PEFT's defaults for what the file leaves out
   read("r", [&](const Json&) { config.rank = require<std::int64_t>(json, "r", source); });
   read("lora_alpha", [&](const Json&) { config.alpha = require<double>(json, "lora_alpha", source); });
@@ -282,16 +289,36 @@ lora::LoraConfig load_adapter(models::Decoder& decoder, const std::filesystem::p
          num > kMostShown ? "\n..." : "");
   }
 
-  lora::attach(decoder, config, 0, lora::Unmatched::kWarned);
+  lora::attach_empty(decoder, config, lora::Unmatched::kWarned);
   const at::NoGradGuard no_gradients;
   for (const models::NamedTensor& tensor : lora::trainable(decoder)) tensor.tensor->copy_(file.tensor(tensor.name));
-  return config;
+  // A folder of PEFT that says pissa or olora means the base without the part that such a start takes out of it.
+  if (const lora::Init init = lora::parse_init(config.init); init.changes_base())
+    for (const lora::PlannedAdapter& planned : plan.adapters) {
+      models::Adapter& adapter = planned.linear->adapter.value();
+      const lora::Factors initial = init.kind == lora::InitKind::kOlora ? lora::olora_factors(planned.linear->weight_OI, planned.rank)
+                                                                        : lora::pissa_factors(planned.linear->weight_OI, planned.rank, adapter.scale);
+      const lora::Factors ordinary = lora::relative_to_base(adapter.a_RI, adapter.b_OR, initial);
+      adapter.a_RI = ordinary.a_RI.detach().requires_grad_(true);
+      adapter.b_OR = ordinary.b_OR.detach().requires_grad_(true);
+    }
+  return lora::relative_to_base(config);
 }
 
-void write_adapter(models::Decoder& decoder, const lora::LoraConfig& config, const std::string& base_name, const std::filesystem::path& folder,
+void write_adapter(models::Decoder& decoder, const lora::LoraConfig& trained, const std::string& base_name, const std::filesystem::path& folder,
                    const std::string& base_hash) {
+  const lora::LoraConfig config = lora::relative_to_base(trained);
+  std::map<const at::Tensor*, at::Tensor> ordinary;  // by the trained tensor whose place they take
+  for (const models::NamedLinear& linear : decoder.linears()) {
+    if (!linear.linear->adapter || !linear.linear->adapter->initial_a_RI.defined()) continue;
+    models::Adapter& adapter = *linear.linear->adapter;
+    const lora::Factors factors = lora::relative_to_base(adapter.a_RI, adapter.b_OR, {adapter.initial_a_RI, adapter.initial_b_OR});
+    ordinary[&adapter.a_RI] = factors.a_RI;
+    ordinary[&adapter.b_OR] = factors.b_OR;
+  }
   std::vector<std::pair<std::string, at::Tensor>> tensors;
-  for (const models::NamedTensor& tensor : lora::trainable(decoder)) tensors.emplace_back(tensor.name, tensor.tensor->detach());
+  for (const models::NamedTensor& tensor : lora::trainable(decoder))
+    tensors.emplace_back(tensor.name, ordinary.contains(tensor.tensor) ? ordinary[tensor.tensor] : tensor.tensor->detach());
   if (const std::string head = tied_head_key(decoder); !head.empty()) tensors.emplace_back(head, decoder.embedding_VD.detach());
 
   // "all-linear" is spelled out: a reader that takes the head for a Linear like the others would look for more.
@@ -311,7 +338,7 @@ void write_adapter(models::Decoder& decoder, const lora::LoraConfig& config, con
                {"exclude_modules", nullptr},
                {"fan_in_fan_out", false},
                {"inference_mode", true},
-               {"init_lora_weights", true},
+               {"init_lora_weights", config.init == "kaiming" ? Json(true) : config.init == "false" ? Json(false) : Json(config.init)},
                {"lora_alpha", number(config.alpha)},
                {"lora_dropout", config.dropout},
                {"modules_to_save", nullptr},
@@ -333,7 +360,7 @@ void write_adapter(models::Decoder& decoder, const lora::LoraConfig& config, con
   std::map<std::string, std::string> metadata = {{"format", "pt"}};
   if (!base_hash.empty()) metadata[kBaseHashKey] = base_hash;
   write_safetensors(folder / kWeightsFile, tensors, metadata);
-  write_file(folder / "README.md", card(config, base_name));
+  write_file(folder / "README.md", card(config, trained.init, base_name));
   write_file(folder / kConfigFile, json.dump(2) + "\n");
 }
 

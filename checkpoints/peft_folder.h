@@ -19,13 +19,15 @@ lora::LoraConfig read_adapter_config(const std::filesystem::path& folder);
 /// Error(kData) lists the missing, unexpected, misshapen and non-finite ones, before anything is allocated for them.
 /// Where the folder names the base it was trained on by its hash (write_adapter) and base_hash is given and another, that
 /// is Error(kData) too. A copy of an adapted base weight, which PEFT writes beside an adapter on the head, must equal the
-/// decoder's own. Returns the config.
+/// decoder's own. Returns the config. An adapter that PEFT started as pissa or olora, and saved without its conversion, becomes an
+/// ordinary one of twice the rank (lora::relative_to_base), in the decoder and in the config.
 lora::LoraConfig load_adapter(models::Decoder& decoder, const std::filesystem::path& folder, const std::string& base_hash = "");
 
 /// Writes the adapter (and modules_to_save) of a decoder, with a card; the folder is made if need be, and files of these
 /// names in it are replaced. base_name goes into base_model_name_or_path and the card; base_hash (FolderTensors::hash)
-/// into the file's metadata, which PEFT ignores. Error(kNumerics) names the first value that is not finite.
-void write_adapter(models::Decoder& decoder, const lora::LoraConfig& config, const std::string& base_name, const std::filesystem::path& folder,
+/// into the file's metadata, which PEFT ignores. One that took a part of the base out (PiSSA, OLoRA) is written relative to the base
+/// as it was published, as an ordinary adapter of twice the rank: who reads it needs nothing but that base. Error(kNumerics) names the first value that is not finite.
+void write_adapter(models::Decoder& decoder, const lora::LoraConfig& trained, const std::string& base_name, const std::filesystem::path& folder,
                    const std::string& base_hash = "");
 
 /// Metadata key of an adapter file that holds the base's hash.

@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "lora/adapter.h"
 
-#include <ATen/CPUGeneratorImpl.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -13,7 +11,7 @@
 #include "core/config.h"
 #include "core/error.h"
 #include "core/log.h"
-#include "core/random.h"
+#include "lora/initialise.h"
 #include "lora/module_match.h"
 
 namespace alambic::lora {
@@ -104,6 +102,8 @@ void LoraConfig::visit(FieldVisitor& fields) {
   fields.field("alpha_pattern", alpha_pattern, {.help = "regular expression of a path's end -> alpha of those modules"});
   fields.field("rslora", rslora, {.help = "scale by alpha / sqrt(rank) (arXiv:2312.03732)"});
   fields.field("dora", dora, {.help = "train the rows' magnitudes apart from their directions (arXiv:2402.09353)"});
+  fields.field("init", init, {.help = "first values: kaiming; gaussian; pissa, or pissa_niter_16 by a fast projection (arXiv:2404.02948); olora (arXiv:2406.01775); "
+                                      "false: all random. pissa and olora move a part of the frozen weights into the adapter"});
   fields.field("modules_to_save", modules_to_save, {.help = "modules that are trained and saved whole, such as embed_tokens and lm_head"});
   fields.field("ensure_weight_tying", ensure_weight_tying,
                {.help = "keep a tied head and embedding one tensor where modules_to_save names either; without it they part"});
@@ -129,6 +129,12 @@ AdapterPlan plan_adapters(models::Decoder& decoder, const LoraConfig& config, Un
   for (const auto* names : {&config.targets, &config.exclude, &config.modules_to_save})
     if (std::find(names->begin(), names->end(), "") != names->end()) problem("lora: an empty module name");
   if (config.targets.empty()) problem("lora.targets: empty; nothing would be adapted");
+  Init init;
+  try {
+    init = parse_init(config.init);
+  } catch (const Error& error) {
+    problem(error.what());
+  }
   if (!problems.empty()) fail(ErrorKind::kUsage, join(problems));
 
   Selection targets(config.targets, "lora.targets"), exclude(config.exclude, "lora.exclude");
@@ -185,6 +191,11 @@ AdapterPlan plan_adapters(models::Decoder& decoder, const LoraConfig& config, Un
     for (std::size_t key = 0; key < rank_keys.size(); ++key) rank_used[key] = rank_used[key] || rank_keys.matches(key, linear.path);
     for (std::size_t key = 0; key < alpha_keys.size(); ++key) alpha_used[key] = alpha_used[key] || alpha_keys.matches(key, linear.path);
     plan.adapters.push_back(adapter);
+    const at::Tensor& weight_OI = linear.linear->weight_OI;
+    if (init.changes_base() && linear.layer < 0 && decoder.head_tied)
+      problem("lora.init: ", config.init, " would change ", linear.path, ", which is tied to the embedding; exclude it, or start it as kaiming");
+    if (init.changes_base() && adapter.rank > std::min(weight_OI.size(0), weight_OI.size(1)))
+      problem("lora.init: ", config.init, " of ", linear.path, " needs a rank of at most ", std::min(weight_OI.size(0), weight_OI.size(1)), ", the smaller side of its weight, not ", adapter.rank);
   }
   if (!is_all_linear(config))
     for (const std::string& path : other_modules)
@@ -220,20 +231,39 @@ AdapterPlan plan_adapters(models::Decoder& decoder, const LoraConfig& config, Un
   return plan;
 }
 
+LoraConfig relative_to_base(const LoraConfig& config) {
+  if (!parse_init(config.init).changes_base()) return config;
+  LoraConfig ordinary = config;
+  ordinary.init = "kaiming";
+  ordinary.rank *= 2;
+  for (auto& [path, rank] : ordinary.rank_pattern) rank *= 2;
+  const double more = config.rslora ? std::sqrt(2.0) : 2;  // what keeps the scale
+  ordinary.alpha *= more;
+  for (auto& [path, alpha] : ordinary.alpha_pattern) alpha *= more;
+  return ordinary;
+}
+
+Factors relative_to_base(const at::Tensor& a_RI, const at::Tensor& b_OR, const Factors& initial) {
+  const at::NoGradGuard no_gradients;
+  return {.a_RI = at::cat({a_RI, initial.a_RI}, 0), .b_OR = at::cat({b_OR, -initial.b_OR}, 1)};
+}
+
 void attach(models::Decoder& decoder, const LoraConfig& config, std::uint64_t seed, Unmatched unmatched) {
+  attach_empty(decoder, config, unmatched);
+  initialise(decoder, config, seed);
+}
+
+void attach_empty(models::Decoder& decoder, const LoraConfig& config, Unmatched unmatched) {
   const AdapterPlan plan = plan_adapters(decoder, config, unmatched);
   for (const models::NamedTensor& tensor : decoder.tensors()) tensor.tensor->set_requires_grad(false);
 
   std::uint64_t id = 0;
   for (const PlannedAdapter& planned : plan.adapters) {
     const at::Tensor& base_OI = planned.linear->weight_OI;
-    at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(derive_seed(seed, "lora_A " + planned.path));
-    // Kaiming-uniform with a = sqrt(5): the bound is sqrt(2 / (1 + 5)) * sqrt(3 / inputs) = 1 / sqrt(inputs).
-    const double bound = 1 / std::sqrt(static_cast<double>(base_OI.size(1)));
     models::Adapter adapter;
-    adapter.a_RI = at::empty({planned.rank, base_OI.size(1)}, at::kFloat).uniform_(-bound, bound, generator).requires_grad_(true);
+    adapter.a_RI = at::zeros({planned.rank, base_OI.size(1)}, at::kFloat).requires_grad_(true);
     adapter.b_OR = at::zeros({base_OI.size(0), planned.rank}, at::kFloat).requires_grad_(true);
-    if (config.dora) adapter.magnitude_O = at::linalg_vector_norm(base_OI.to(at::kFloat), 2, at::IntArrayRef{1}).requires_grad_(true);
+    if (config.dora) adapter.magnitude_O = at::zeros({base_OI.size(0)}, at::kFloat).requires_grad_(true);
     adapter.scale = scale_of(config, planned);
     adapter.dropout = config.dropout;
     adapter.id = id++;

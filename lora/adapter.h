@@ -34,6 +34,7 @@ struct LoraConfig {
   std::map<std::string, std::int64_t> rank_pattern = {};  // regex of a path's end -> rank; the first in sorted order wins
   std::map<std::string, double> alpha_pattern = {};
   bool rslora = false, dora = false;
+  std::string init = "kaiming";  // kaiming, gaussian, false, pissa, pissa_niter_N, olora (lora/initialise.h)
   /// Trained and saved whole, without an adapter: "embed_tokens", "lm_head", or any module. With a tied head each of the
   /// two becomes its own copy, as PEFT does it, unless ensure_weight_tying.
   std::vector<std::string> modules_to_save = {};
@@ -63,9 +64,18 @@ struct AdapterPlan {
 /// Error(kUsage) that lists all problems: targets that match nothing with the nearest module names, values out of range.
 AdapterPlan plan_adapters(models::Decoder& decoder, const LoraConfig& config, Unmatched unmatched = Unmatched::kRefused);
 
-/// Adds adapters: A Kaiming-uniform(sqrt(5)) as PEFT does, drawn from (seed, module path) so that order does not matter;
-/// B zero; DoRA magnitudes are the row norms of the base. modules_to_save become trained f32 copies. The rest is frozen.
+/// Adds adapters of zeros, which wait for their first values (initialise() or those of a file). modules_to_save become trained
+/// f32 copies. The rest is frozen.
+void attach_empty(models::Decoder& decoder, const LoraConfig& config, Unmatched unmatched = Unmatched::kRefused);
+/// The same, then initialise() (lora/initialise.h): every draw is a function of (seed, module path), so order does not matter.
 void attach(models::Decoder& decoder, const LoraConfig& config, std::uint64_t seed, Unmatched unmatched = Unmatched::kRefused);
+
+/// PiSSA and OLoRA adapters as ordinary ones of twice the rank, relative to the base as it was before they took a part of it:
+///   W_residual + scale B A = W + scale (B A - B0 A0) = W + scale [B | -B0] [A ; A0]
+/// as PEFT's save_pretrained(path_initial_model_for_weight_conversion=...) makes them. Another config comes back as it is.
+LoraConfig relative_to_base(const LoraConfig& config);
+struct Factors;
+Factors relative_to_base(const at::Tensor& a_RI, const at::Tensor& b_OR, const Factors& initial);
 
 /// Makes all base tensors train (full fine-tune): f32 copies; a tied head stays tied.
 void train_everything(models::Decoder& decoder);

@@ -23,6 +23,9 @@ struct Adapter {
   double scale = 1;        // alpha / rank, or alpha / sqrt(rank) for rsLoRA
   double dropout = 0;      // probability that an input of the adapter is zeroed while training
   std::uint64_t id = 0;    // position in the list of adapters: part of the dropout's seed
+  /// f32 constants that no forward pass reads: the A and B that were taken out of the frozen W at the start, which then is
+  /// W - scale B A (PiSSA, OLoRA: lora/initialise.h); undefined where W is the published base's.
+  at::Tensor initial_a_RI = {}, initial_b_OR = {};
 };
 
 struct Linear {

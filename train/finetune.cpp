@@ -4,6 +4,7 @@
 #include "checkpoints/hf_folder.h"
 #include "core/error.h"
 #include "core/log.h"
+#include "lora/initialise.h"
 #include "models/decoder.h"
 #include "train/cross_entropy.h"
 #include "train/inputs.h"
@@ -42,6 +43,8 @@ TrainReport finetune(const TrainConfig& config, bool resume, const std::function
       .loss_sum = loss_sum,
       .evaluate = [&] { return evaluate_all(config, decoder, inputs); },
       .sample = [&](std::int64_t) { return sampler.samples(); },
+      .base_state = [&] { return base_state(decoder); },
+      .restore_base = [&](const NamedTensors& state) { restore_base(decoder, config.lora, state); },
       .write_result = [&](const std::filesystem::path& folder) { write_result(config, decoder, inputs, folder); },
       .stop_requested = stop_requested,
       .run = config.output,
@@ -50,6 +53,7 @@ TrainReport finetune(const TrainConfig& config, bool resume, const std::function
       .chosen_by = chosen_by(config),
   };
   const std::optional<Progress> resumed = restore(config, parts);
+  if (!resumed && config.method == "lora") lora::initialise(decoder, config.lora, config.seed);
   log_info("training ", optimizer.num_parameters(), " of ", inputs.model.num_parameters(), " parameters for ", parts.total_steps, " steps, ",
            toString(compute_type_of(config)), ", into ", config.output.string());
   const Progress progress = run(config, parts, resumed);

@@ -131,7 +131,9 @@ class Loop {
   void save() {
     if (saved_step_ == progress_.step) return;  // resumed here, and nothing was done since
     progress_.metrics_bytes = log_.sync();
-    checkpoints::save_checkpoint(parts_.run, {.step = progress_.step, .tensors = parts_.optimizer.state(), .progress = to_json(progress_), .identity = parts_.identity},
+    NamedTensors tensors = parts_.optimizer.state();
+    for (auto& [name, tensor] : parts_.base_state()) tensors.emplace_back(name, tensor);
+    checkpoints::save_checkpoint(parts_.run, {.step = progress_.step, .tensors = tensors, .progress = to_json(progress_), .identity = parts_.identity},
                                  parts_.write_result);
     saved_step_ = progress_.step;
     checkpoints::apply_retention(parts_.run, config_.checkpoint.keep, {progress_.best_step});

@@ -11,6 +11,7 @@
 #include "data/batch_stream.h"
 #include "parallel/communicator.h"
 #include "train/adamw.h"
+#include "train/base_state.h"
 #include "train/run_log.h"
 #include "train/step.h"
 #include "train/train_config.h"
@@ -30,6 +31,9 @@ struct LoopParts {
   std::function<Json()> evaluate;
   /// Continuations of the fixed prompts: [{"prompt", "text"}].
   std::function<Json(std::int64_t step)> sample;
+  /// What a run changes of its frozen base, as tensors of a checkpoint, and how a decoder is brought there again.
+  std::function<NamedTensors()> base_state;
+  std::function<void(const NamedTensors&)> restore_base;
   /// Writes what the run makes (a PEFT folder) into a checkpoint folder.
   std::function<void(const std::filesystem::path&)> write_result;
   std::function<bool()> stop_requested;

@@ -77,7 +77,7 @@ Json plan(const TrainConfig& config, bool probe) {
     time = {{"tokens_per_second", rate}, {"seconds", static_cast<double>(steps) * step_tokens / rate}, {"measured", true},
             {"note", "steps only; evaluations, samples and checkpoints come on top"}, {"probe_peak_memory", process_memory().peak}};
   }
-  const std::uint64_t checkpoint = checkpoint_bytes(optimizer.num_parameters());
+  const std::uint64_t checkpoint = checkpoint_bytes(config, optimizer.num_parameters());
   return {{"steps", steps},
           {"tokens_per_step", step_tokens},
           {"tokens", step_tokens * static_cast<double>(steps)},

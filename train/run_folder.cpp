@@ -11,6 +11,7 @@
 #include "checkpoints/run_state.h"
 #include "core/error.h"
 #include "core/log.h"
+#include "lora/initialise.h"
 #include "train/evaluate.h"
 
 namespace alambic::train {
@@ -89,18 +90,20 @@ void use_threads(const TrainConfig& config) {
 }
 
 void make_trainable(models::Decoder& decoder, const TrainConfig& config) {
-  if (config.method == "lora") lora::attach(decoder, config.lora, config.seed);
+  if (config.method == "lora") lora::attach_empty(decoder, config.lora);
   else lora::train_everything(decoder);
 }
 
-std::uint64_t checkpoint_bytes(std::int64_t num_trained_parameters) {
-  constexpr std::uint64_t kCopies = 4;  // weights, two moments, and the PEFT folder or what a full fine-tune writes at the end
-  return kCopies * sizeof(float) * static_cast<std::uint64_t>(num_trained_parameters) + (1 << 20);
+std::uint64_t checkpoint_bytes(const TrainConfig& config, std::int64_t num_trained_parameters) {
+  // Weights, two moments, and the PEFT folder or what a full fine-tune writes at the end. Where a part of the base was taken out
+  // that part is kept too, and the PEFT folder has twice the rank.
+  const std::uint64_t copies = config.method == "lora" && lora::parse_init(config.lora.init).changes_base() ? 6 : 4;
+  return copies * sizeof(float) * static_cast<std::uint64_t>(num_trained_parameters) + (1 << 20);
 }
 
 void require_disk(const TrainConfig& config, std::int64_t num_trained_parameters) {
   // The kept ones, the best one, and the one being written.
-  const std::uint64_t needed = checkpoint_bytes(num_trained_parameters) * static_cast<std::uint64_t>(config.checkpoint.keep + 2), free = free_bytes(config.output);
+  const std::uint64_t needed = checkpoint_bytes(config, num_trained_parameters) * static_cast<std::uint64_t>(config.checkpoint.keep + 2), free = free_bytes(config.output);
   if (free < needed)
     fail(ErrorKind::kResource, config.output.string(), ": ", free >> 20, " MiB are free, checkpoints need ", needed >> 20, " MiB",
          Remedy{"free space, choose another output, or lower checkpoint.keep"});
@@ -146,7 +149,10 @@ std::optional<Progress> restore(const TrainConfig& config, const LoopParts& part
   for (const std::string& line : checkpoints::differences(require<Json>(state.identity, "machine", source), parts.identity["machine"]))
     log_warning("resuming on another machine or thread count, so the last bits of sums may differ: ", line);
   Progress progress = progress_from_json(state.progress, (*newest / "progress.json").string());
-  parts.optimizer.restore(state.tensors, progress.step - progress.bad_steps);
+  NamedTensors trained, base;
+  for (const auto& [name, tensor] : state.tensors) (is_base_state(name) ? base : trained).emplace_back(name, tensor);
+  parts.restore_base(base);
+  parts.optimizer.restore(trained, progress.step - progress.bad_steps);
   parts.batches.restore(progress.data);
   note_config();
   log_info("resuming from ", newest->filename().string());

@@ -28,11 +28,11 @@ void require_new_or_resumed(const TrainConfig& config, bool resume);
 std::optional<TrainReport> finished_run(const TrainConfig& config, const Inputs& inputs);
 
 void use_threads(const TrainConfig& config);
-/// Attaches the adapter, or makes every weight train.
+/// Attaches the adapter, still empty (its first values are lora::initialise's or a checkpoint's), or makes every weight train.
 void make_trainable(models::Decoder& decoder, const TrainConfig& config);
 
 /// Bytes of one checkpoint that trains so many parameters.
-std::uint64_t checkpoint_bytes(std::int64_t num_trained_parameters);
+std::uint64_t checkpoint_bytes(const TrainConfig& config, std::int64_t num_trained_parameters);
 /// Error(kResource) when the checkpoints that are kept at once will not fit on the disk.
 void require_disk(const TrainConfig& config, std::int64_t num_trained_parameters);
 

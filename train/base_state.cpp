@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "train/base_state.h"
+
+#include <map>
+
+#include "core/error.h"
+#include "lora/initialise.h"
+
+namespace alambic::train {
+namespace {
+
+constexpr std::string_view kInitial = "initial.";
+
+std::string initial_name(const std::string& path, const char* part) { return std::string(kInitial) + path + "." + part + ".weight"; }
+
+}  // namespace
+
+bool is_base_state(std::string_view name) { return name.starts_with(kInitial); }
+
+NamedTensors base_state(models::Decoder& decoder) {
+  NamedTensors state;
+  for (const models::NamedLinear& linear : decoder.linears()) {
+    if (!linear.linear->adapter || !linear.linear->adapter->initial_a_RI.defined()) continue;
+    state.emplace_back(initial_name(linear.path, "lora_A"), linear.linear->adapter->initial_a_RI);
+    state.emplace_back(initial_name(linear.path, "lora_B"), linear.linear->adapter->initial_b_OR);
+  }
+  return state;
+}
+
+void restore_base(models::Decoder& decoder, const lora::LoraConfig& config, const NamedTensors& state) {
+  std::map<std::string, at::Tensor> given(state.begin(), state.end());
+  std::string problems;
+  const auto take = [&](const std::string& name, const at::Tensor& like) {
+    const auto found = given.find(name);
+    at::Tensor tensor;
+    if (found == given.end()) problems += " missing " + name + ";";
+    else if (found->second.sizes() != like.sizes() || found->second.scalar_type() != at::kFloat) problems += " another shape or type of " + name + ";";
+    else tensor = found->second;
+    given.erase(name);
+    return tensor;
+  };
+  std::vector<std::pair<models::Linear*, lora::Factors>> residuals;
+  if (lora::parse_init(config.init).changes_base())  // nothing has an adapter in a full fine-tune
+    for (const models::NamedLinear& linear : decoder.linears()) {
+      if (!linear.linear->adapter) continue;
+      const lora::Factors factors{take(initial_name(linear.path, "lora_A"), linear.linear->adapter->a_RI), take(initial_name(linear.path, "lora_B"), linear.linear->adapter->b_OR)};
+      residuals.emplace_back(linear.linear, factors);
+    }
+  for (const auto& [name, unknown] : given) problems += " unknown " + name + ";";
+  if (!problems.empty()) fail(ErrorKind::kData, "the checkpoint does not fit the base that is trained on:", problems);
+  for (const auto& [linear, factors] : residuals) lora::take_out_of_base(*linear, factors);
+}
+
+}  // namespace alambic::train
