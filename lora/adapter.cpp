@@ -169,6 +169,9 @@ AdapterPlan plan_adapters(models::Decoder& decoder, const LoraConfig& config, Un
       for (const models::NamedTensor& tensor : plan.trained_whole)
         if (linear.layer >= 0 && module_of(tensor.name) == linear.path)
           problem("lora.modules_to_save: ", linear.path, " can be trained whole only when computing in f32, not in ", toString(decoder.compute_type()));
+  for (const models::NamedLinear& linear : linears)
+    if (linear.linear->quantized && saved_whole(config.modules_to_save, linear.path, saved_used))
+      problem("lora.modules_to_save: ", linear.path, " is quantised and cannot be trained whole");
   if (head_saved && decoder.head_tied && !plan.keep_tie) plan.trained_whole.push_back({head_name, &decoder.head.weight_OI});
 
   for (const models::NamedLinear& linear : linears) {
@@ -191,11 +194,13 @@ AdapterPlan plan_adapters(models::Decoder& decoder, const LoraConfig& config, Un
     for (std::size_t key = 0; key < rank_keys.size(); ++key) rank_used[key] = rank_used[key] || rank_keys.matches(key, linear.path);
     for (std::size_t key = 0; key < alpha_keys.size(); ++key) alpha_used[key] = alpha_used[key] || alpha_keys.matches(key, linear.path);
     plan.adapters.push_back(adapter);
-    const at::Tensor& weight_OI = linear.linear->weight_OI;
+    const std::int64_t smaller_side = std::min(linear.linear->outputs(), linear.linear->inputs());
     if (init.changes_base() && linear.layer < 0 && decoder.head_tied)
       problem("lora.init: ", config.init, " would change ", linear.path, ", which is tied to the embedding; exclude it, or start it as kaiming");
-    if (init.changes_base() && adapter.rank > std::min(weight_OI.size(0), weight_OI.size(1)))
-      problem("lora.init: ", config.init, " of ", linear.path, " needs a rank of at most ", std::min(weight_OI.size(0), weight_OI.size(1)), ", the smaller side of its weight, not ", adapter.rank);
+    if (init.changes_base() && linear.linear->quantized)
+      problem("lora.init: ", config.init, " takes the adapter's start out of the base, but ", linear.path, " is quantised (", linear.linear->quantized->format(), ") and cannot be changed");
+    if (init.changes_base() && adapter.rank > smaller_side)
+      problem("lora.init: ", config.init, " of ", linear.path, " needs a rank of at most ", smaller_side, ", the smaller side of its weight, not ", adapter.rank);
   }
   if (!is_all_linear(config))
     for (const std::string& path : other_modules)
@@ -259,11 +264,11 @@ void attach_empty(models::Decoder& decoder, const LoraConfig& config, Unmatched 
 
   std::uint64_t id = 0;
   for (const PlannedAdapter& planned : plan.adapters) {
-    const at::Tensor& base_OI = planned.linear->weight_OI;
+    const std::int64_t outputs = planned.linear->outputs(), inputs = planned.linear->inputs();
     models::Adapter adapter;
-    adapter.a_RI = at::zeros({planned.rank, base_OI.size(1)}, at::kFloat).requires_grad_(true);
-    adapter.b_OR = at::zeros({base_OI.size(0), planned.rank}, at::kFloat).requires_grad_(true);
-    if (config.dora) adapter.magnitude_O = at::zeros({base_OI.size(0)}, at::kFloat).requires_grad_(true);
+    adapter.a_RI = at::zeros({planned.rank, inputs}, at::kFloat).requires_grad_(true);
+    adapter.b_OR = at::zeros({outputs, planned.rank}, at::kFloat).requires_grad_(true);
+    if (config.dora) adapter.magnitude_O = at::zeros({outputs}, at::kFloat).requires_grad_(true);
     adapter.scale = scale_of(config, planned);
     adapter.dropout = config.dropout;
     adapter.id = id++;
@@ -281,6 +286,8 @@ void attach_empty(models::Decoder& decoder, const LoraConfig& config, Unmatched 
 }
 
 void train_everything(models::Decoder& decoder) {
+  for (const models::NamedLinear& linear : decoder.linears())
+    if (linear.linear->quantized) fail(ErrorKind::kUsage, "method: full: ", linear.path, " is quantised (", linear.linear->quantized->format(), ") and cannot be trained itself", Remedy{"train an adapter: method: lora"});
   for (const models::NamedTensor& tensor : decoder.tensors()) *tensor.tensor = trained_copy(*tensor.tensor);
   if (decoder.head_tied) decoder.head.weight_OI = decoder.embedding_VD;
 }
@@ -306,7 +313,7 @@ std::vector<std::pair<std::string, std::vector<std::int64_t>>> expected_keys(mod
   std::vector<std::pair<std::string, std::vector<std::int64_t>>> keys;
   for (const PlannedAdapter& adapter : plan.adapters) {
     const std::string path = std::string(kPeftPrefix) + adapter.path;
-    const std::int64_t outputs = adapter.linear->weight_OI.size(0), inputs = adapter.linear->weight_OI.size(1);
+    const std::int64_t outputs = adapter.linear->outputs(), inputs = adapter.linear->inputs();
     keys.push_back({path + ".lora_A.weight", {adapter.rank, inputs}});
     keys.push_back({path + ".lora_B.weight", {outputs, adapter.rank}});
     if (dora) keys.push_back({path + ".lora_magnitude_vector", {outputs}});

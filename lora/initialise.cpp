@@ -93,7 +93,7 @@ void initialise(models::Decoder& decoder, const LoraConfig& config, std::uint64_
   for (const models::NamedLinear& linear : decoder.linears()) {
     if (!linear.linear->adapter) continue;
     models::Adapter& adapter = *linear.linear->adapter;
-    at::Tensor& weight_OI = linear.linear->weight_OI;
+    const auto weight_OI = [&] { return linear.linear->dense_OI(linear.linear->compute_type()); };  // as it is now
     const std::int64_t rank = adapter.a_RI.size(0), inputs = adapter.a_RI.size(1);
     // The restart is part of the purpose only after the first start, so that a run without restarts draws what it always drew.
     const auto seed_for = [&](const std::string& purpose) {
@@ -105,10 +105,10 @@ void initialise(models::Decoder& decoder, const LoraConfig& config, std::uint64_
       tensor.uniform_(-bound, bound, generator_of(seed_for(purpose)));
     };
     if (init.changes_base()) {
-      const auto start_NR = [&] { return at::randn({std::min(weight_OI.size(0), inputs), rank}, generator_of(seed_for("pissa ")), at::kFloat); };
-      const Factors factors = init.kind == InitKind::kOlora ? olora_factors(weight_OI, rank)
-                              : init.iterations < 0         ? pissa_factors(weight_OI, rank, adapter.scale)
-                                                            : pissa_factors(weight_OI, start_NR(), adapter.scale, init.iterations);
+      const auto start_NR = [&] { return at::randn({std::min(linear.linear->outputs(), inputs), rank}, generator_of(seed_for("pissa ")), at::kFloat); };
+      const Factors factors = init.kind == InitKind::kOlora ? olora_factors(weight_OI(), rank)
+                              : init.iterations < 0         ? pissa_factors(weight_OI(), rank, adapter.scale)
+                                                            : pissa_factors(weight_OI(), start_NR(), adapter.scale, init.iterations);
       adapter.a_RI.copy_(factors.a_RI);
       adapter.b_OR.copy_(factors.b_OR);
       take_out_of_base(*linear.linear, factors);
@@ -119,8 +119,8 @@ void initialise(models::Decoder& decoder, const LoraConfig& config, std::uint64_
       else adapter.b_OR.zero_();
     }
     if (!adapter.magnitude_O.defined()) continue;
-    if (init.changes_base() || init.kind == InitKind::kRandom) adapter.magnitude_O.copy_(models::adapted_row_norms(weight_OI, adapter));
-    else adapter.magnitude_O.copy_(at::linalg_vector_norm(weight_OI.to(at::kFloat), 2, at::IntArrayRef{1}));
+    if (init.changes_base() || init.kind == InitKind::kRandom) adapter.magnitude_O.copy_(models::adapted_row_norms(weight_OI(), adapter));
+    else adapter.magnitude_O.copy_(at::linalg_vector_norm(weight_OI().to(at::kFloat), 2, at::IntArrayRef{1}));
   }
 }
 

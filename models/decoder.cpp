@@ -206,7 +206,7 @@ std::vector<NamedTensor> Decoder::tensors() {
     const auto path = [&](Slot slot) { return published_path(family, slot, static_cast<std::int64_t>(layer)); };
     for (auto& [slot, norm] : blocks[layer].norms) list.push_back({path(slot) + ".weight", &norm});
     for (auto& [slot, linear] : blocks[layer].linears) {
-      list.push_back({path(slot) + ".weight", &linear.weight_OI});
+      if (!linear.quantized) list.push_back({path(slot) + ".weight", &linear.weight_OI});
       if (has_bias(config, slot)) list.push_back({path(slot) + ".bias", &linear.bias_O});
     }
   }
@@ -245,6 +245,6 @@ std::vector<NamedLinear> Decoder::linears() {
   return list;
 }
 
-at::ScalarType Decoder::compute_type() const { return blocks.front().linears.at(Slot::kOutput).weight_OI.scalar_type(); }
+at::ScalarType Decoder::compute_type() const { return blocks.front().linears.at(Slot::kOutput).compute_type(); }
 
 }  // namespace alambic::models

@@ -69,7 +69,7 @@ struct Decoder {
   /// Head on (a choice of) rows; f32. Losses call the head in chunks instead (train/cross_entropy.h).
   at::Tensor logits_TV(const at::Tensor& hidden_TD) const;
 
-  std::vector<NamedTensor> tensors();    // base weights in a fixed order; a tied head is not listed
+  std::vector<NamedTensor> tensors();    // base weights in a fixed order; a tied head and quantised weights are not listed
   std::vector<NamedLinear> linears();    // all Linears, the head last
   at::ScalarType compute_type() const;   // of the Linear weights
 };

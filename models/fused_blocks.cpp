@@ -57,7 +57,8 @@ struct Member {
 struct Group {
   std::vector<Member> members;
   std::int64_t outputs = 0, inputs = 0, ranks = 0;
-  at::Tensor weight_NI;  // [outputs + ranks, inputs]
+  at::Tensor weight_NI;  // [outputs + ranks, inputs]; undefined where a member is quantised: made anew for each use
+  bool is_quantised = false;
   bool drops = false;    // some adapter draws dropout in this pass: u is then made apart, from inputs of its own
 };
 
@@ -77,12 +78,14 @@ Group make_group(const Block& block, const std::vector<Slot>& slots) {
   Group group;
   for (const Slot slot : slots) {
     const Linear& linear = block.linears.at(slot);
-    Member member{.linear = &linear, .column = group.outputs, .count = linear.weight_OI.size(0), .u_column = group.ranks, .rank = rank_of(linear), .scaled_b_OR = {}, .scaled_bt_RO = {}};
+    Member member{.linear = &linear, .column = group.outputs, .count = linear.outputs(), .u_column = group.ranks, .rank = rank_of(linear), .scaled_b_OR = {}, .scaled_bt_RO = {}};
     group.outputs += member.count;
     group.ranks += member.rank;
-    group.inputs = linear.weight_OI.size(1);
+    group.inputs = linear.inputs();
+    group.is_quantised = group.is_quantised || linear.quantized != nullptr;
     group.members.push_back(std::move(member));
   }
+  if (group.is_quantised) return group;
   const auto found = block.grouped.find(slots[0]);
   group.weight_NI = found != block.grouped.end() ? found->second : group.members[0].linear->weight_OI.detach();
   if (group.weight_NI.size(0) != group.outputs + group.ranks) fail(ErrorKind::kBug, "adapters changed after use_fused_blocks()");
@@ -211,13 +214,32 @@ class TypedTape final : public Tape {
     return found == block.norms.end() ? at::Tensor() : norm_weight(found->second);
   }
 
+  // A as trailing rows of W, so that x W^T and x A^T are one product, and so are their gradients.
+  static void put_a(const Group& group, const Member& member, const at::Tensor& weight_NI) {
+    weight_NI.narrow(0, group.outputs + member.u_column, member.rank).copy_(member.linear->adapter->a_RI.detach());
+  }
+
+  // [outputs + ranks, inputs]. Where a member is quantised this is the tape's one buffer, which the next call overwrites.
+  at::Tensor weight(const Group& group) const {
+    if (!group.is_quantised) return group.weight_NI;
+    const std::int64_t rows = group.outputs + group.ranks;
+    if (!dense_.defined() || dense_.numel() < rows * group.inputs) dense_ = at::Tensor(), dense_ = at::empty({rows * group.inputs}, kType);
+    const at::Tensor weight_NI = dense_.narrow(0, 0, rows * group.inputs).view({rows, group.inputs});
+    for (const Member& member : group.members) {
+      const at::Tensor place_OI = weight_NI.narrow(0, member.column, member.count);
+      if (member.linear->quantized) member.linear->quantized->dense_into(place_OI);
+      else place_OI.copy_(member.linear->weight_OI.detach());
+      if (member.rank > 0) put_a(group, member, weight_NI);
+    }
+    return weight_NI;
+  }
+
   void prepare(Group& group) const {
     for (Member& member : group.members) {
       if (member.rank == 0) continue;
       const Adapter& adapter = *member.linear->adapter;
       group.drops = group.drops || (seed_ != 0 && adapter.dropout > 0);
-      // A as trailing rows of W, so that x W^T and x A^T are one product, and so are their gradients.
-      group.weight_NI.narrow(0, group.outputs + member.u_column, member.rank).copy_(adapter.a_RI.detach());
+      if (!group.is_quantised) put_a(group, member, group.weight_NI);
       member.scaled_b_OR = adapter.b_OR.detach() * adapter.scale;
       member.scaled_bt_RO = member.scaled_b_OR.t().contiguous();
     }
@@ -230,11 +252,12 @@ class TypedTape final : public Tape {
 
   // [T, outputs + ranks] with u behind the outputs; with dropout [T, outputs], and u apart.
   at::Tensor project(const Group& group, const at::Tensor& x_TI, at::Tensor& u_TR) const {
-    if (!group.drops) return product(x_TI, group.weight_NI.t());
+    const at::Tensor weight_NI = weight(group);
+    if (!group.drops) return product(x_TI, weight_NI.t());
     u_TR = empty(group.ranks);
     for (const Member& member : group.members)
       if (member.rank > 0) u_TR.narrow(1, member.u_column, member.rank).copy_(product(dropped(member, x_TI), member.linear->adapter->a_RI.detach().to(kType).t()));
-    return product(x_TI, group.weight_NI.narrow(0, 0, group.outputs).t());
+    return product(x_TI, weight_NI.narrow(0, 0, group.outputs).t());
   }
 
   // y += scale u B^T + bias, for some rows. u: of these rows, ldu apart.
@@ -439,8 +462,9 @@ class TypedTape final : public Tape {
 
   // The gradient of the group's input. dy_TN: [T, outputs + ranks] with v behind, or [T, outputs] and v apart with dropout.
   at::Tensor input_gradient(const Group& group, const at::Tensor& dy_TN, const at::Tensor& v_TR) const {
-    if (!group.drops) return product(dy_TN, group.weight_NI);
-    at::Tensor dx_TI = product(dy_TN, group.weight_NI.narrow(0, 0, group.outputs));
+    const at::Tensor weight_NI = weight(group);
+    if (!group.drops) return product(dy_TN, weight_NI);
+    at::Tensor dx_TI = product(dy_TN, weight_NI.narrow(0, 0, group.outputs));
     for (const Member& member : group.members)
       if (member.rank > 0) dx_TI.add_(dropped(member, product(v_TR.narrow(1, member.u_column, member.rank), member.linear->adapter->a_RI.detach().to(kType))));
     return dx_TI;
@@ -570,6 +594,7 @@ class TypedTape final : public Tape {
   std::size_t lowest_ = 0;                             // layers below this have nothing that trains
   std::vector<Kept> kept_;
   at::Tensor last_TD_, rstd_last_T_;
+  mutable at::Tensor dense_;  // see weight()
 };
 
 struct BlocksBackward : torch::autograd::Node {
@@ -599,7 +624,7 @@ std::string why_not(Decoder& decoder) {
   for (const NamedLinear& linear : decoder.linears()) {
     if (linear.layer < 0) continue;
     if (linear.linear->adapter && linear.linear->adapter->magnitude_O.defined()) return linear.path + " has a DoRA adapter";
-    if (linear.linear->weight_OI.scalar_type() != type) return linear.path + " has weights of another type";
+    if (linear.linear->compute_type() != type) return linear.path + " has weights of another type";
   }
   return "";
 }
@@ -621,14 +646,15 @@ std::string use_fused_blocks(Decoder& decoder) {
   for (Block& block : decoder.blocks)
     for (const std::vector<Slot>& slots : groups_of(*decoder.config.family)) {
       std::int64_t rows = 0, inputs = 0;
-      bool is_moved = slots.size() > 1;
+      bool is_moved = slots.size() > 1, is_quantised = false;
       for (const Slot slot : slots) {
         const Linear& linear = block.linears.at(slot);
-        rows += linear.weight_OI.size(0) + rank_of(linear);
-        inputs = linear.weight_OI.size(1);
+        rows += linear.outputs() + rank_of(linear);
+        inputs = linear.inputs();
         is_moved = is_moved || rank_of(linear) > 0;
+        is_quantised = is_quantised || linear.quantized != nullptr;
       }
-      if (!is_moved) {
+      if (!is_moved || is_quantised) {
         block.grouped.erase(slots[0]);
         continue;
       }

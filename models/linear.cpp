@@ -2,10 +2,10 @@
 #include "models/linear.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/core/ivalue.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/linear.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/norm.h>
 #include <ATen/ops/sum.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -15,6 +15,7 @@
 
 #include "core/error.h"
 #include "core/random.h"
+#include "models/product.h"
 
 namespace alambic::models {
 namespace {
@@ -37,44 +38,59 @@ void drop(const T* from, T* to, std::int64_t count, std::uint32_t threshold, flo
 }
 
 // Places among the arguments of forward() after the context, which are the places of their gradients.
-enum Argument : std::size_t { kX, kWeight, kBias, kA, kB, kMagnitude, kNumArguments = 9 };
+enum Argument : std::size_t { kX, kWeight, kBias, kA, kB, kMagnitude, kNumArguments = 10 };
 
 using Maybe = std::optional<at::Tensor>;
 Maybe if_defined(const at::Tensor& tensor) { return tensor.defined() ? Maybe(tensor) : std::nullopt; }
 
+// Keeps a quantised weight alive for the backward pass.
+struct KeptWeight : torch::CustomClassHolder {
+  explicit KeptWeight(std::shared_ptr<const FrozenWeight> kept) : weight(std::move(kept)) {}
+  std::shared_ptr<const FrozenWeight> weight;
+};
+struct Quantized {
+  std::shared_ptr<const FrozenWeight> weight;
+  at::ScalarType type;
+};
+
 struct AdaptedLinear : torch::autograd::Function<AdaptedLinear> {
-  // a and b are there with an adapter, magnitude with DoRA. z is dropout(x), u is z A^T.
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& x_TI, const at::Tensor& weight_OI, const Maybe& bias,
-                            const Maybe& a, const Maybe& b, const Maybe& magnitude, double scale, double dropout, std::uint64_t seed) {
+  // a and b are there with an adapter, magnitude with DoRA; either weight or quantized. z is dropout(x), u is z A^T.
+  static at::Tensor forward(AutogradContext* context, const at::Tensor& x_TI, const Maybe& weight, const Maybe& bias, const Maybe& a,
+                            const Maybe& b, const Maybe& magnitude, const Quantized& quantized, double scale, double dropout, std::uint64_t seed) {
+    const at::Tensor weight_OI = weight ? *weight : dense_in_buffer(*quantized.weight, quantized.type);
     const at::Tensor bias_O = bias.value_or(at::Tensor()), a_RI = a.value_or(at::Tensor()), b_OR = b.value_or(at::Tensor());
     const at::Tensor magnitude_O = magnitude.value_or(at::Tensor());
     const at::ScalarType type = weight_OI.scalar_type();
     const at::Tensor xc_TI = x_TI.to(type);
     at::Tensor y_TO, u_TR, before_magnitude_TO, ratio_O;
     if (!a_RI.defined()) {
-      y_TO = at::linear(xc_TI, weight_OI, bias_O.defined() ? std::optional(bias_O.to(type)) : std::nullopt);
+      y_TO = product(xc_TI, weight_OI.t());
+        if (bias_O.defined()) y_TO.add_(bias_O);
     } else {
       const at::Tensor z_TI = dropout > 0 ? with_dropout(xc_TI, dropout, seed) : xc_TI;
-      u_TR = at::mm(z_TI, a_RI.to(type).t());
+      u_TR = product(z_TI, a_RI.to(type).t());
       const at::Tensor bt_RO = b_OR.to(type).t();
       if (!magnitude_O.defined()) {
-        y_TO = at::linear(xc_TI, weight_OI, bias_O.defined() ? std::optional(bias_O.to(type)) : std::nullopt);
+        y_TO = product(xc_TI, weight_OI.t());
+        if (bias_O.defined()) y_TO.add_(bias_O);
         y_TO.addmm_(u_TR, bt_RO, 1, scale);
       } else {
         Adapter adapter{.a_RI = a_RI, .b_OR = b_OR, .magnitude_O = magnitude_O, .scale = scale};
         ratio_O = magnitude_O / adapted_row_norms(weight_OI, adapter);
-        const at::Tensor base_TO = at::mm(z_TI, weight_OI.t());
+        const at::Tensor base_TO = product(z_TI, weight_OI.t());
         before_magnitude_TO = at::addmm(base_TO, u_TR, bt_RO, 1, scale);
         y_TO = before_magnitude_TO * ratio_O.to(type);
-        if (dropout > 0) y_TO.add_(at::mm(xc_TI, weight_OI.t())).sub_(base_TO);
+        if (dropout > 0) y_TO.add_(product(xc_TI, weight_OI.t())).sub_(base_TO);
         if (bias_O.defined()) y_TO.add_(bias_O);
       }
     }
     // x is kept as it entered the product (converted, where it was converted), and only where a gradient will ask for it.
     const bool keeps_x = weight_OI.requires_grad() || (a_RI.defined() && a_RI.requires_grad());
     const bool trains_magnitude = magnitude_O.defined() && magnitude_O.requires_grad();
-    context->save_for_backward({keeps_x ? xc_TI : at::Tensor(), weight_OI, a_RI, b_OR, u_TR,
+    context->save_for_backward({keeps_x ? xc_TI : at::Tensor(), weight.value_or(at::Tensor()), a_RI, b_OR, u_TR,
                                 trains_magnitude ? before_magnitude_TO : at::Tensor(), magnitude_O, ratio_O});
+    if (!weight) context->saved_data["quantized"] = c10::IValue::make_capsule(c10::make_intrusive<KeptWeight>(quantized.weight));
+    context->saved_data["type"] = static_cast<std::int64_t>(type);
     context->saved_data["scale"] = scale;
     context->saved_data["dropout"] = dropout;
     context->saved_data["seed"] = static_cast<std::int64_t>(seed);
@@ -85,19 +101,23 @@ struct AdaptedLinear : torch::autograd::Function<AdaptedLinear> {
 
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     const auto saved = context->get_saved_variables();
-    const at::Tensor &xc_TI = saved[0], &weight_OI = saved[1], &a_RI = saved[2], &b_OR = saved[3], &u_TR = saved[4];
+    const at::Tensor &xc_TI = saved[0], &a_RI = saved[2], &b_OR = saved[3], &u_TR = saved[4];
     const at::Tensor &before_magnitude_TO = saved[5], &magnitude_O = saved[6], &ratio_O = saved[7];
     const double scale = context->saved_data["scale"].toDouble(), dropout = context->saved_data["dropout"].toDouble();
     const auto seed = static_cast<std::uint64_t>(context->saved_data["seed"].toInt());
     const auto x_type = static_cast<at::ScalarType>(context->saved_data["x_type"].toInt());
-    const at::ScalarType type = weight_OI.scalar_type();
+    const auto type = static_cast<at::ScalarType>(context->saved_data["type"].toInt());
+    const bool is_quantized = !saved[1].defined();
     // Autograd numbers only the tensors that are there.
     std::size_t edge = 0;
     const auto is_needed = [&](bool is_there) { return is_there && context->needs_input_grad(edge++); };
     const auto bias_type = context->saved_data.find("bias_type");
-    const bool needs_x = is_needed(true), needs_weight = is_needed(true), needs_bias = is_needed(bias_type != context->saved_data.end());
+    const bool needs_x = is_needed(true), needs_weight = is_needed(!is_quantized), needs_bias = is_needed(bias_type != context->saved_data.end());
     const bool needs_a = is_needed(a_RI.defined()), needs_b = is_needed(b_OR.defined()), needs_magnitude = is_needed(magnitude_O.defined());
 
+    at::Tensor weight_OI = saved[1];
+    if (is_quantized && (needs_x || needs_magnitude))
+      weight_OI = dense_in_buffer(*static_cast<const KeptWeight&>(*context->saved_data["quantized"].toCapsule()).weight, type);
     const at::Tensor g_TO = gradients[0].to(type);
     variable_list result(kNumArguments);
     if (needs_bias) result[kBias] = at::sum(g_TO, 0, false, at::kFloat).to(static_cast<at::ScalarType>(bias_type->second.toInt()));
@@ -110,29 +130,29 @@ struct AdaptedLinear : torch::autograd::Function<AdaptedLinear> {
                            adapted_row_norms(weight_OI, {.a_RI = a_RI, .b_OR = b_OR, .magnitude_O = magnitude_O, .scale = scale});
 
     at::Tensor v_TR;  // the gradient of u
-    if (a_RI.defined() && (needs_x || needs_a)) v_TR = at::mm(gm_TO, b_OR.to(type)).mul_(scale);
-    if (needs_b) result[kB] = at::mm(gm_TO.t(), u_TR).to(at::kFloat).mul_(scale);
+    if (a_RI.defined() && (needs_x || needs_a)) v_TR = product(gm_TO, b_OR.to(type)).mul_(scale);
+    if (needs_b) result[kB] = product(gm_TO.t(), u_TR).to(at::kFloat).mul_(scale);
     if (needs_a) {
       const at::Tensor z_TI = dropout > 0 ? with_dropout(xc_TI, dropout, seed) : xc_TI;
-      result[kA] = at::mm(v_TR.t(), z_TI).to(at::kFloat);
+      result[kA] = product(v_TR.t(), z_TI).to(at::kFloat);
     }
     if (needs_weight) {
       if (ratio_O.defined() && dropout > 0) {
-        result[kWeight] = at::mm(g_TO.t(), xc_TI).addmm_((gm_TO - g_TO).t(), with_dropout(xc_TI, dropout, seed));
+        result[kWeight] = product(g_TO.t(), xc_TI).addmm_((gm_TO - g_TO).t(), with_dropout(xc_TI, dropout, seed));
       } else {
-        result[kWeight] = at::mm(gm_TO.t(), xc_TI);
+        result[kWeight] = product(gm_TO.t(), xc_TI);
       }
     }
     if (needs_x) {
       at::Tensor dx_TI;
       if (!a_RI.defined()) {
-        dx_TI = at::mm(g_TO, weight_OI);
+        dx_TI = product(g_TO, weight_OI);
       } else if (dropout == 0) {
-        dx_TI = at::mm(gm_TO, weight_OI).addmm_(v_TR, a_RI.to(type));
+        dx_TI = product(gm_TO, weight_OI).addmm_(v_TR, a_RI.to(type));
       } else {
-        at::Tensor dz_TI = at::mm(v_TR, a_RI.to(type));
+        at::Tensor dz_TI = product(v_TR, a_RI.to(type));
         if (ratio_O.defined()) dz_TI.addmm_(gm_TO - g_TO, weight_OI);
-        dx_TI = at::mm(g_TO, weight_OI).add_(with_dropout(dz_TI, dropout, seed));
+        dx_TI = product(g_TO, weight_OI).add_(with_dropout(dz_TI, dropout, seed));
       }
       result[kX] = dx_TI.to(x_type);
     }
@@ -160,12 +180,36 @@ at::Tensor adapted_row_norms(const at::Tensor& weight_OI, const Adapter& adapter
   return at::norm(at::addmm(weight_OI.to(at::kFloat), adapter.b_OR, adapter.a_RI, 1, adapter.scale), 2, {1});
 }
 
+at::Tensor dense_in_buffer(const FrozenWeight& weight, at::ScalarType type) {
+  thread_local at::Tensor buffer;  // of bytes
+  const std::int64_t size = weight.outputs() * weight.inputs(), num_bytes = size * static_cast<std::int64_t>(c10::elementSize(type));
+  if (!buffer.defined() || buffer.numel() < num_bytes) {
+    buffer = at::Tensor();  // before the larger one is there
+    buffer = at::empty({num_bytes}, at::kByte);
+  }
+  const at::Tensor dense_OI = buffer.narrow(0, 0, num_bytes).view(type).view({weight.outputs(), weight.inputs()});
+  weight.dense_into(dense_OI);
+  return dense_OI;
+}
+
+std::int64_t Linear::outputs() const { return quantized ? quantized->outputs() : weight_OI.size(0); }
+std::int64_t Linear::inputs() const { return quantized ? quantized->inputs() : weight_OI.size(1); }
+at::ScalarType Linear::compute_type() const { return quantized ? quantized_compute : weight_OI.scalar_type(); }
+
+at::Tensor Linear::dense_OI(at::ScalarType type) const {
+  if (!quantized) return weight_OI.to(type);
+  const at::Tensor made_OI = at::empty({outputs(), inputs()}, type);
+  quantized->dense_into(made_OI);
+  return made_OI;
+}
+
 at::Tensor Linear::operator()(const at::Tensor& x_TI, std::uint64_t dropout_seed) const {
-  const Maybe bias = if_defined(bias_O);
-  if (!adapter) return AdaptedLinear::apply(x_TI, weight_OI, bias, Maybe(), Maybe(), Maybe(), 1.0, 0.0, std::uint64_t{0});
+  const Maybe bias = if_defined(bias_O), weight = quantized ? Maybe() : Maybe(weight_OI);
+  const Quantized frozen{.weight = quantized, .type = quantized_compute};
+  if (!adapter) return AdaptedLinear::apply(x_TI, weight, bias, Maybe(), Maybe(), Maybe(), frozen, 1.0, 0.0, std::uint64_t{0});
   const double dropout = dropout_seed == 0 ? 0 : adapter->dropout;
   const std::uint64_t seed = dropout > 0 ? derive_seed(dropout_seed, "adapter", {adapter->id}) : 0;
-  return AdaptedLinear::apply(x_TI, weight_OI, bias, Maybe(adapter->a_RI), Maybe(adapter->b_OR), if_defined(adapter->magnitude_O),
+  return AdaptedLinear::apply(x_TI, weight, bias, Maybe(adapter->a_RI), Maybe(adapter->b_OR), if_defined(adapter->magnitude_O), frozen,
                               adapter->scale, dropout, seed);
 }
 

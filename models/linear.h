@@ -4,13 +4,17 @@
 // Letters: T = tokens, I = inputs, O = outputs, R = adapter rank.
 //
 // Its own backward: x is saved once, the gradient of a frozen W is never computed, dropout is drawn again from its seed,
-// and nothing is computed for an input that needs no gradient. Where W is bf16, so are the products with it and with A and
+// and nothing is computed for an input that needs no gradient. A quantised W is made dense for each use, once in the forward
+// pass and once in the backward pass, in a buffer that the thread keeps and uses for all of them. Where W is bf16, so are the products with it and with A and
 // B (their f32 masters are rounded for the product; sums inside a product are f32), and the gradients of A, B and the
 // magnitude are f32 again. With an f32 W everything is f32.
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <memory>
 #include <optional>
+
+#include "models/frozen_weight.h"
 
 namespace alambic::models {
 
@@ -29,13 +33,25 @@ struct Adapter {
 };
 
 struct Linear {
-  at::Tensor weight_OI;  // compute type; a leaf that requires_grad when it is trained itself
+  at::Tensor weight_OI;  // compute type; a leaf that requires_grad when it is trained itself. Undefined: see quantized
   at::Tensor bias_O;     // undefined: none. Compute type or f32
   std::optional<Adapter> adapter;
+  std::shared_ptr<const FrozenWeight> quantized = {};  // W, where weight_OI is undefined
+  at::ScalarType quantized_compute = at::kFloat;  // the compute type of a quantised W: f32 or bf16
 
-  /// x_TI in f32 or the compute type; the result has the weight's type. dropout_seed: 0 = evaluating, no dropout.
+  /// x_TI in f32 or the compute type; the result has the compute type. dropout_seed: 0 = evaluating, no dropout.
   at::Tensor operator()(const at::Tensor& x_TI, std::uint64_t dropout_seed) const;
+
+  std::int64_t outputs() const;
+  std::int64_t inputs() const;
+  at::ScalarType compute_type() const;
+  /// W in f32 or bf16: weight_OI itself where it has that type, else a tensor of its own.
+  at::Tensor dense_OI(at::ScalarType type) const;
 };
+
+/// A quantised W in f32 or bf16, in this thread's buffer: it holds until the thread asks for the next one. The buffer is as
+/// large as the largest that was asked for, and stays.
+at::Tensor dense_in_buffer(const FrozenWeight& weight, at::ScalarType type);
 
 /// || W + scale B A || of each row, f32: DoRA's n, and its first magnitude. Not differentiable.
 at::Tensor adapted_row_norms(const at::Tensor& weight_OI, const Adapter& adapter);
