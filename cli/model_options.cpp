@@ -6,6 +6,7 @@
 #include "cli/verbs.h"
 #include "core/error.h"
 #include "core/log.h"
+#include "models/fused_blocks.h"
 
 namespace alambic::cli {
 
@@ -52,6 +53,7 @@ models::Decoder load_model(const std::filesystem::path& model, const std::filesy
   const at::ScalarType type = compute == "f32" ? at::kFloat : compute == "bf16" ? at::kBFloat16 : models::fastest_compute_type();
   models::Decoder decoder = checkpoints::load_decoder(model, type);
   if (!adapter_path.empty()) checkpoints::load_adapter(decoder, adapter_path, checkpoints::base_hash(model));
+  models::use_fused_blocks(decoder);  // so that figures are the bits that training computes; what it cannot take, ATen operators do
   return decoder;
 }
 

@@ -127,7 +127,8 @@ void initialise(models::Decoder& decoder, const LoraConfig& config, std::uint64_
 void take_out_of_base(models::Linear& linear, const Factors& factors) {
   const at::NoGradGuard no_gradients;
   models::Adapter& adapter = linear.adapter.value();
-  linear.weight_OI = residual_weight(linear.weight_OI, factors, adapter.scale);
+  // In place: other tensors may share the memory (models/fused_blocks.h).
+  linear.weight_OI.copy_(residual_weight(linear.weight_OI, factors, adapter.scale));
   adapter.initial_a_RI = factors.a_RI;
   adapter.initial_b_OR = factors.b_OR;
 }

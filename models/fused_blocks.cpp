@@ -88,6 +88,8 @@ Group make_group(const Block& block, const std::vector<Slot>& slots) {
   if (group.is_quantised) return group;
   const auto found = block.grouped.find(slots[0]);
   group.weight_NI = found != block.grouped.end() ? found->second : group.members[0].linear->weight_OI.detach();
+  for (const Member& member : group.members)
+    if (member.linear->weight_OI.const_data_ptr() != group.weight_NI.narrow(0, member.column, member.count).const_data_ptr()) fail(ErrorKind::kBug, "a weight was replaced after use_fused_blocks()");
   if (group.weight_NI.size(0) != group.outputs + group.ranks) fail(ErrorKind::kBug, "adapters changed after use_fused_blocks()");
   return group;
 }

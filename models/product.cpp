@@ -23,6 +23,14 @@ std::optional<c10::TypedOperatorHandle<LinearPointwise>> find_linear_pointwise()
   return found->typed<LinearPointwise>();
 }
 
+// Layouts that oneDNN takes as they are. It copies other left factors, which a narrow product does not pay back, and multiplies
+// other right factors element by element.
+bool is_rows(const at::Tensor& x) { return x.stride(1) == 1 && x.stride(0) == x.size(1); }
+bool suits_onednn(const at::Tensor& a_MK, const at::Tensor& b_KN) {
+  constexpr std::int64_t kNarrow = 64;
+  return (is_rows(b_KN) || is_rows(b_KN.t())) && (a_MK.stride(1) == 1 || b_KN.size(1) >= kNarrow);
+}
+
 constexpr std::int64_t kFewRows = 4;  // a product of so few rows only waits for memory; MKL reads a matrix once, too
 
 // What oneDNN's kernels need; asked once.
@@ -37,7 +45,7 @@ bool has_tile_kernels() {
 at::Tensor product(const at::Tensor& a_MK, const at::Tensor& b_KN) {
   const at::NoGradGuard no_grad;
   static const auto linear_pointwise = find_linear_pointwise();
-  if (!linear_pointwise || !a_MK.is_cpu() || a_MK.scalar_type() != at::kFloat || a_MK.size(0) < kFewRows || a_MK.size(1) == 0 || b_KN.size(1) == 0)
+  if (!linear_pointwise || !a_MK.is_cpu() || a_MK.scalar_type() != at::kFloat || a_MK.size(0) < kFewRows || a_MK.size(1) == 0 || b_KN.size(1) == 0 || !suits_onednn(a_MK, b_KN))
     return at::mm(a_MK, b_KN);
   return linear_pointwise->call(a_MK, b_KN.t(), std::nullopt, "none", c10::List<std::optional<at::Scalar>>(), "");
 }

@@ -13,6 +13,7 @@
 #include "checkpoints/safetensors.h"
 #include "core/files.h"
 #include "core/log.h"
+#include "models/fused_blocks.h"
 #include "tests/support.h"
 #include "tests/train/tiny_run.h"
 #include "train/evaluate.h"
@@ -126,6 +127,7 @@ TEST_P(Methods, LearnsResumesMergesAndReloads) {
   const auto result_in = [&](at::ScalarType type) {
     models::Decoder decoder = checkpoints::load_decoder(config.method == "full" ? report.result : config.model, type);
     if (config.method == "lora") checkpoints::load_adapter(decoder, report.result);
+    models::use_fused_blocks(decoder);  // as training does; where it cannot, neither could training
     return decoder;
   };
   EXPECT_NEAR(loss(checkpoints::load_decoder(folder / "merged", at::kFloat)), loss(result_in(at::kFloat)), 1e-5);
