@@ -30,6 +30,7 @@
 #include "core/random.h"
 #include "data/batch_stream.h"
 #include "lora/adapter.h"
+#include "lora/quantize.h"
 #include "models/product.h"
 #include "parallel/communicator.h"
 #include "train/cross_entropy.h"
@@ -183,7 +184,7 @@ double flops_of_a_step(models::Decoder& decoder, const data::Batch& batch) {
   double flops = 0;
   for (const models::NamedLinear& linear : decoder.linears()) {
     const double rows = linear.layer < 0 ? kept : tokens;
-    flops += rows * (linear.linear->weight_OI.requires_grad() ? 6 : 4) * static_cast<double>(linear.linear->weight_OI.numel());
+    flops += rows * (linear.linear->weight_OI.defined() && linear.linear->weight_OI.requires_grad() ? 6 : 4) * static_cast<double>(linear.linear->outputs() * linear.linear->inputs());
     if (const auto& adapter = linear.linear->adapter) flops += rows * 6 * static_cast<double>(adapter->a_RI.numel() + adapter->b_OR.numel());
   }
   for (const std::int64_t length : batch.document_lengths)
@@ -244,6 +245,13 @@ Json step(const std::filesystem::path& model, at::ScalarType type, const StepCas
   config.method = wanted.method;
   config.memory = wanted.memory;
   models::Decoder decoder = checkpoints::load_decoder(model, type);
+  if (wanted.quantize != "none")
+    for (const models::NamedLinear& named : decoder.linears())
+      if (named.layer >= 0) {
+        named.linear->quantized = lora::quantize(named.linear->weight_OI, {.format = wanted.quantize});
+        named.linear->quantized_compute = type;
+        named.linear->weight_OI = at::Tensor();
+      }
   if (wanted.method == "lora") lora::attach(decoder, {.rank = 16, .alpha = 32}, /*seed=*/1);
   else lora::train_everything(decoder);
   config.data.row_length = wanted.length;

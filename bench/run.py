@@ -183,28 +183,54 @@ def load_case(rounds, threads):
                       libraries_gb=left[0]["libraries_gb"], peer_libraries_gb=right[0]["libraries_gb"])
 
 
+# Rows of the table: (name, our words, the peer's words or None, least tokens/s ratio, most memory ratio).
+# A packed row of documents is compared with the same documents as rows of a batch, which is what the peer does without padding.
+STEPS = [
+    ("lora_4x512", "rows=4 length=512", "rows=4 length=512 steps=1"),
+    ("lora_4x512_half_labels", "rows=4 length=512 labels=0.5", "rows=4 length=512 labels=0.5 steps=1"),
+    ("lora_1x2048", "rows=1 length=2048", "rows=1 length=2048 steps=1"),
+    ("lora_1x2048_documents_of_128", "rows=1 length=2048 documents=128", "rows=16 length=128 steps=1"),
+    ("qlora_nf4_1x512", "rows=1 length=512 quantize=nf4", "rows=1 length=512 quantize=nf4"),
+    ("full_1x512", "rows=1 length=512 method=full", "rows=1 length=512 method=full"),
+    ("lora_4x512_mlp_recomputed", "rows=4 length=512 memory=mlp", None),
+    ("lora_4x512_block_recomputed", "rows=4 length=512 memory=block", None),
+    ("lora_1x512", "rows=1 length=512", None),
+    ("lora_1x512_mlp_recomputed", "rows=1 length=512 memory=mlp", None),
+    ("lora_1x512_block_recomputed", "rows=1 length=512 memory=block", None),
+    ("lora_1x8192_block_recomputed", "rows=1 length=8192 memory=block steps=1", None),
+]
+
+
 def train_step_case(rounds, threads):
-    folder, rows, length = model(threads), 4, 512
+    folder = model(threads)
+    peer_name = peer_versions("peft", "transformers", "torch")
     for dtype in ("f32", "bf16"):
-        peaks = []
+        peaks, memory = [], {}
+        for name, words, peer_words in STEPS:
+            if dtype == "bf16" and "full" in name:
+                continue  # trained weights are their own f32 masters here
 
-        def ours():
-            peaks.append(run_json([OURS, "gemm", dtype], threads)["value"])
-            return run_json([OURS, "step", folder, dtype, rows, length], threads)
+            def ours():
+                peaks.append(run_json([OURS, "gemm", dtype], threads)["value"])
+                return run_json([OURS, "step", folder, dtype, *words.split()], threads)
 
-        left, right = in_turns(ours, lambda: run_json([PYTHON, PEERS / "train_step.py", folder, dtype, rows, length], threads), rounds)
-        # The same computation, or the comparison is worth nothing.
-        for step, (a, b) in enumerate(zip(left[0]["losses"], right[0]["losses"], strict=True)):
-            # At first B is zero, so the random A does not count; later losses depend on it a little.
-            if not abs(a - b) <= (1e-4 if dtype == "f32" and step == 0 else 2e-2) * abs(b):
-                raise Failed(f"train_step: loss {a} at step {step}, but the peer has {b}")
-        name, peer, peak = f"train_step_{rows}x{length}_{dtype}", peer_versions("peft", "transformers", "torch"), max(peaks)
-        flops = left[0]["flops_of_a_token"] / 1e9
-        speeds, peer_speeds = [r["value"] for r in left], [r["value"] for r in right]
-        yield outcome(name, "tokens/s", speeds, peer, peer_speeds, share_of_peak=statistics.median(speeds) * flops / peak,
-                      peer_share_of_peak=statistics.median(peer_speeds) * flops / peak, peak_gflops=peak, gflop_of_a_token=flops,
-                      losses=left[0]["losses"], peer_losses=right[0]["losses"])
-        yield outcome(name + "_memory", "GB", [r["peak_memory_gb"] for r in left], peer, [r["peak_memory_gb"] for r in right])
+            def peer():
+                return run_json([PYTHON, PEERS / "train_step.py", folder, dtype, *peer_words.split()], threads)
+
+            left, right = in_turns(ours, peer if peer_words else None, rounds)
+            # The same computation, or the comparison is worth nothing. At first B is zero, so that the random A does not count.
+            for a, b in zip(left[0]["losses"][:1], right[0]["losses"][:1] if right else []):
+                if not abs(a - b) <= (1e-4 if dtype == "f32" else 1e-2) * abs(b):
+                    raise Failed(f"train_step {name}: first loss {a}, but the peer has {b}")
+            peak, flops = max(peaks), left[0]["flops_of_a_step"] / 1e9
+            memory[name] = statistics.median(r["peak_memory_gb"] for r in left)
+            yield outcome(f"train_step_{dtype}_{name}", "tokens/s", [r["value"] for r in left], peer_name, [r["value"] for r in right],
+                          share_of_peak=statistics.median(flops / r["seconds"] for r in left) / peak, peak_gflops=peak, gflop_of_a_step=flops,
+                          losses=left[0]["losses"], peer_losses=right[0]["losses"] if right else None)
+            yield outcome(f"train_step_{dtype}_{name}_memory", "GB", [r["peak_memory_gb"] for r in left], peer_name, [r["peak_memory_gb"] for r in right],
+                          estimated_gb=left[0]["estimated_memory_gb"])
+        for policy in ("", "_mlp_recomputed", "_block_recomputed"):
+            yield outcome(f"train_step_{dtype}_memory_of_a_token{policy}", "MB", [1e3 * (memory["lora_4x512" + policy] - memory["lora_1x512" + policy]) / 1536])
 
 
 def merge_case(rounds, threads):

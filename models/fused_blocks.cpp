@@ -2,6 +2,8 @@
 #include "models/fused_blocks.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
@@ -26,6 +28,9 @@ namespace {
 using at::BFloat16;
 using torch::autograd::variable_list;
 
+// Packed rows differ in length from step to step; rounded up, few shapes of products and few sizes of buffers exist, so that
+// neither oneDNN's kernels nor malloc's holes pile up over a long run.
+constexpr std::int64_t kTokenRound = 64;
 constexpr std::int64_t kChunk = 32;  // rows that pass through the element-wise steps together while they are in the cache
 
 // Calls f(first row, rows) for chunks of rows, on all threads.
@@ -138,10 +143,16 @@ template <class T>
 class TypedTape final : public Tape {
  public:
   TypedTape(const Decoder& decoder, const Input& input, bool differentiable, bool input_needs_gradient)
-      : decoder_(decoder), config_(decoder.config), tokens_(input.tokens_T.numel()), seed_(input.dropout_seed), lengths_(input.document_lengths),
-        input_needs_gradient_(input_needs_gradient) {
+      : decoder_(decoder), config_(decoder.config), real_tokens_(input.tokens_T.numel()), tokens_((real_tokens_ + kTokenRound - 1) / kTokenRound * kTokenRound),
+        seed_(input.dropout_seed), lengths_(input.document_lengths), input_needs_gradient_(input_needs_gradient) {
+    // What is added is a document of zeros, whose gradients are zeros.
+    at::Tensor positions_T = input.positions_T;
+    if (const std::int64_t added = tokens_ - real_tokens_; added > 0) {
+      lengths_.push_back(added);
+      positions_T = at::cat({positions_T, at::arange(added, at::kLong)});
+    }
     shape_ = {.tokens = tokens_, .kv_heads = config_.num_kv_heads, .group = config_.num_heads / config_.num_kv_heads, .head_size = config_.head_size, .document_lengths = lengths_};
-    const auto table = [&](const Rope& rope) { return rotary_table(rope, input.positions_T, lengths_); };
+    const auto table = [&](const Rope& rope) { return rotary_table(rope, positions_T, lengths_); };
     rope_ = table(config_.rope);
     if (config_.family->local_rope_theta != 0) local_rope_ = table(config_.local_rope);
     const std::vector<std::vector<Slot>> slots = groups_of(*config_.family);
@@ -172,6 +183,10 @@ class TypedTape final : public Tape {
   at::Tensor forward(const at::Tensor& h_TD) override {
     kept_.resize(groups_.size());
     at::Tensor x_TD = h_TD.detach().contiguous();
+    if (tokens_ != real_tokens_) {
+      x_TD = at::zeros({tokens_, config_.hidden_size}, at::kFloat);
+      x_TD.narrow(0, 0, real_tokens_).copy_(h_TD.detach());
+    }
     for (std::size_t layer = 0; layer < groups_.size(); ++layer) {
       Kept kept;
       kept.x_TD = x_TD;
@@ -182,7 +197,8 @@ class TypedTape final : public Tape {
       if (differentiable_ && layer >= lowest_) kept_[layer] = what_to_keep(kept);
     }
     const at::Tensor weight_D = norm_weight(decoder_.final_norm_D);
-    at::Tensor hidden_TD = empty(config_.hidden_size), rstd_T = floats({tokens_});
+    x_TD = x_TD.narrow(0, 0, real_tokens_);
+    at::Tensor hidden_TD = at::empty({real_tokens_, config_.hidden_size}, kType), rstd_T = floats({real_tokens_});
     normalise(x_TD, weight_D, hidden_TD, rstd_T);
     if (differentiable_) last_TD_ = x_TD, rstd_last_T_ = rstd_T;
     return hidden_TD;
@@ -190,13 +206,14 @@ class TypedTape final : public Tape {
 
   at::Tensor backward(const at::Tensor& d_hidden_TD, variable_list& gradients) override {
     at::Tensor dh_TD = at::zeros({tokens_, config_.hidden_size}, at::kFloat);
-    norm_backward(last_TD_, decoder_.final_norm_D, rstd_last_T_, d_hidden_TD.contiguous(), dh_TD, gradients);
+    at::Tensor real_TD = dh_TD.narrow(0, 0, real_tokens_);
+    norm_backward(last_TD_, decoder_.final_norm_D, rstd_last_T_, d_hidden_TD.contiguous(), real_TD, gradients);
     last_TD_.reset();
     for (std::size_t layer = groups_.size(); layer-- > lowest_;) {
       backward_of_block(layer, kept_[layer], dh_TD, gradients);
       kept_.pop_back();
     }
-    return input_needs_gradient_ ? dh_TD : at::Tensor();
+    return input_needs_gradient_ ? real_TD : at::Tensor();
   }
 
  private:
@@ -311,7 +328,7 @@ class TypedTape final : public Tape {
     const float *const x = x_TD.const_data_ptr<float>(), *const w = weight_D.const_data_ptr<float>();
     T* const y = write(y_TD);
     float* const rstd = rstd_T.mutable_data_ptr<float>();
-    for_chunks(tokens_, [&](std::int64_t t, std::int64_t rows) { kernels::norm_rows(x + t * D, D, w, static_cast<float>(config_.norm_epsilon), y + t * D, rstd + t, rows, D); });
+    for_chunks(x_TD.size(0), [&](std::int64_t t, std::int64_t rows) { kernels::norm_rows(x + t * D, D, w, static_cast<float>(config_.norm_epsilon), y + t * D, rstd + t, rows, D); });
   }
   at::Tensor normalised_again(const at::Tensor& x_TD, const at::Tensor& weight_D, const at::Tensor& rstd_T) const {
     const std::int64_t D = x_TD.size(1);
@@ -325,11 +342,11 @@ class TypedTape final : public Tape {
   void norm_backward(const at::Tensor& x_TD, const at::Tensor& norm_D, const at::Tensor& rstd_T, const at::Tensor& dy_TD, at::Tensor& dh_TD, variable_list& gradients) const {
     const std::int64_t D = x_TD.size(1);
     const at::Tensor weight_D = norm_weight(norm_D);
-    const at::Tensor parts = trained_.holds(norm_D) ? at::zeros({(tokens_ + kChunk - 1) / kChunk, D}, at::kFloat) : at::Tensor();
+    const at::Tensor parts = trained_.holds(norm_D) ? at::zeros({(x_TD.size(0) + kChunk - 1) / kChunk, D}, at::kFloat) : at::Tensor();
     const float *const x = x_TD.const_data_ptr<float>(), *const w = weight_D.const_data_ptr<float>(), *const rstd = rstd_T.const_data_ptr<float>();
     const T* const dy = read(dy_TD);
     float *const dh = dh_TD.mutable_data_ptr<float>(), *const part = parts.defined() ? parts.mutable_data_ptr<float>() : nullptr;
-    for_chunks(tokens_, [&](std::int64_t t, std::int64_t rows) {
+    for_chunks(x_TD.size(0), [&](std::int64_t t, std::int64_t rows) {
       kernels::norm_backward_rows(x + t * D, D, w, rstd + t, dy + t * D, dh + t * D, D, true, part == nullptr ? nullptr : part + t / kChunk * D, rows, D);
     });
     if (parts.defined()) trained_.give(norm_D, parts.sum(0), gradients);
@@ -586,7 +603,7 @@ class TypedTape final : public Tape {
 
   const Decoder& decoder_;
   const ModelConfig& config_;
-  std::int64_t tokens_;
+  std::int64_t real_tokens_, tokens_;
   std::uint64_t seed_;
   std::vector<std::int64_t> lengths_;
   bool input_needs_gradient_, differentiable_ = false;

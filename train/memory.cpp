@@ -58,6 +58,8 @@ MemoryEstimate estimate_memory(models::Decoder& decoder, std::uint64_t optimizer
     if (tensor.tensor->requires_grad()) estimate.trained += tensor.tensor->nbytes();
   }
   for (const models::NamedLinear& linear : decoder.linears())
+    if (linear.linear->quantized) estimate.weights += linear.linear->quantized->num_bytes();
+  for (const models::NamedLinear& linear : decoder.linears())
     if (linear.linear->adapter) estimate.trained += 2 * (linear.linear->adapter->a_RI.nbytes() + linear.linear->adapter->b_OR.nbytes());
   const auto tokens = static_cast<double>(batch_tokens);
   const double kept = decoder.fused ? models::kept_bytes_per_token(decoder) + work_per_token(decoder) : aten_bytes_per_token(decoder);

@@ -7,6 +7,7 @@
 #include "core/random.h"
 #include "lora/adapter.h"
 #include "lora/quantize.h"
+#include "models/fused_blocks.h"
 #include "tests/models/tiny_model.h"
 #include "tests/support.h"
 
@@ -123,8 +124,8 @@ TEST_P(QuantizedFamily, TrainsAsADenseOneOfTheSameValues) {
   SCOPED_TRACE(golden_.provenance());
   for (const at::ScalarType type : {at::kFloat, at::kBFloat16})
     for (const BaseQuantization& quantization : {kNf4, kInt8})
-      for (const bool dora : {false, true}) {
-        SCOPED_TRACE(name_of(quantization) + " " + toString(type) + (dora ? " dora" : ""));
+      for (const auto& [dora, fused] : {std::pair{false, false}, std::pair{true, false}, std::pair{false, true}}) {
+        SCOPED_TRACE(name_of(quantization) + " " + toString(type) + (dora ? " dora" : "") + (fused ? " fused" : ""));
         models::Decoder narrow = decoder_of(golden_, type), wide = decoder_of(golden_, type), untouched = decoder_of(golden_, type);
         quantize_blocks(narrow, quantization, type);
         quantize_blocks(wide, quantization, type);
@@ -139,6 +140,9 @@ TEST_P(QuantizedFamily, TrainsAsADenseOneOfTheSameValues) {
           attach(*decoder, config, 11);
           for (const models::NamedLinear& named : decoder->linears())
             if (named.linear->adapter) named.linear->adapter->b_OR.detach().copy_(uneven(named.linear->adapter->b_OR.sizes(), 3) * 0.1);
+          if (fused) {
+            ASSERT_EQ(models::use_fused_blocks(*decoder), "");
+          }
           models::Input input = testing::input_of(golden_);
           input.dropout_seed = 5;
           const at::Tensor logits_TV = decoder->logits_TV(decoder->hidden_TD(input));
