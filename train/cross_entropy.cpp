@@ -2,9 +2,11 @@
 #include "train/cross_entropy.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/nonzero.h>
 #include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -99,7 +101,11 @@ void LossConfig::visit(FieldVisitor& fields) {
   fields.field("z_loss", z_loss, {.help = "weight of the squared log of the softmax's divisor, which keeps logits small (arXiv:2204.02311)", .low = 0, .high = 1});
 }
 
-std::int64_t num_rows_in_chunk(std::int64_t vocabulary_size) { return std::clamp<std::int64_t>((16 << 20) / vocabulary_size / 32 * 32, 32, 512); }
+namespace {
+constexpr std::int64_t kRowRound = 32;
+}
+
+std::int64_t num_rows_in_chunk(std::int64_t vocabulary_size) { return std::clamp<std::int64_t>((16 << 20) / vocabulary_size / kRowRound * kRowRound, kRowRound, 512); }
 
 at::Tensor cross_entropy_sum(const at::Tensor& hidden_TD, const models::Linear& head, const at::Tensor& targets_T,
                              const at::Tensor& keep_T, std::uint64_t dropout_seed, const LossConfig& loss) {
@@ -149,11 +155,15 @@ at::Tensor head_loss_sum(const at::Tensor& hidden_TD, const models::Linear& head
     if (plain) {
       const at::NoGradGuard no_grad;
       const at::Tensor weight_VD = head.weight_OI.detach();
-      at::Tensor logits_KV = models::product(h_KD, weight_VD.t());
+      // Rows of zeros to a round number: oneDNN keeps memory as large as the head for each shape that it has seen.
+      const std::int64_t rounded = std::min(rows, (count + kRowRound - 1) / kRowRound * kRowRound);
+      const at::Tensor rounded_KD = rounded == count ? h_KD : at::cat({h_KD, at::zeros({rounded - count, h_KD.size(1)}, h_KD.options())});
+      const at::Tensor all_KV = models::product(rounded_KD, weight_VD.t());
+      at::Tensor logits_KV = all_KV.narrow(0, 0, count);
       nats += row_loss(logits_KV, begin, differentiable);
       if (!differentiable) continue;
-      if (hidden_TD.requires_grad()) gradients[0].index_copy_(0, index, models::product(logits_KV, weight_VD).to(hidden.scalar_type()));
-      if (inputs.size() > 1) add_to(gradients[1], models::product(logits_KV.t(), h_KD));
+      if (hidden_TD.requires_grad()) gradients[0].index_copy_(0, index, models::product(all_KV, weight_VD).narrow(0, 0, count).to(hidden.scalar_type()));
+      if (inputs.size() > 1) add_to(gradients[1], models::product(all_KV.t(), rounded_KD));
     } else {  // an adapter or a bias on the head: the Linear's own backward, on this chunk alone
       const at::AutoGradMode grad(differentiable);
       const at::Tensor leaf_KD = h_KD.detach().requires_grad_(differentiable), logits = head(leaf_KD, seed);

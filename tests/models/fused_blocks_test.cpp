@@ -8,9 +8,14 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/equal.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/silu.h>
 #include <ATen/ops/sin.h>
+#include <ATen/ops/softmax.h>
 #include <gtest/gtest.h>
 
+#include "models/rope.h"
 #include "tests/closeness.h"
 #include "tests/models/tiny_model.h"
 #include "tests/support.h"
@@ -78,6 +83,77 @@ at::Tensor run(Decoder& decoder, const Input& input, std::vector<at::Tensor>* gr
   return hidden_TD.detach();
 }
 
+// The decoder's mathematics in f64, as plainly as it can be written: the reference whose gradients finite differences give.
+at::Tensor plain_hidden_TD(Decoder& decoder, const Input& input) {
+  const ModelConfig& config = decoder.config;
+  const Family& family = *config.family;
+  const auto wide = [](const at::Tensor& tensor) { return tensor.detach().to(at::kDouble); };
+  const auto project = [&](const Linear& linear, const at::Tensor& x) {
+    at::Tensor y = at::matmul(x, wide(linear.weight_OI).t());
+    if (linear.adapter) y = y + at::matmul(at::matmul(x, wide(linear.adapter->a_RI).t()), wide(linear.adapter->b_OR).t()) * linear.adapter->scale;
+    return linear.bias_O.defined() ? y + wide(linear.bias_O) : y;
+  };
+  const auto norm = [&](const at::Tensor& x, const at::Tensor& weight) {
+    return x / (x.square().mean(-1, true) + config.norm_epsilon).sqrt() * (wide(weight) + family.norm_weight_offset);
+  };
+  const auto rotate = [&](const at::Tensor& x_THS, const Rope& rope) {
+    const RotaryTable table = rotary_table(rope, input.positions_T, input.document_lengths);
+    const at::Tensor c = wide(table.cos_T1F), s = wide(table.sin_T1F);
+    const std::int64_t pairs = c.size(2), rest = x_THS.size(2) - 2 * pairs;
+    const at::Tensor a = x_THS.narrow(2, 0, pairs), b = x_THS.narrow(2, pairs, pairs);
+    return at::cat({a * c - b * s, b * c + a * s, x_THS.narrow(2, 2 * pairs, rest)}, 2);
+  };
+  at::Tensor h = wide(decoder.embedding_VD).index_select(0, input.tokens_T);
+  if (family.scale_embedding) h = h * std::sqrt(static_cast<double>(config.hidden_size));
+  for (std::size_t layer = 0; layer < decoder.blocks.size(); ++layer) {
+    const Block& block = decoder.blocks[layer];
+    const LayerConfig& kind = config.layers[layer];
+    const auto has = [&](Slot slot) { return block.norms.contains(slot); };
+    const at::Tensor n = norm(h, block.norms.at(Slot::kAttentionNorm));
+    const std::int64_t S = config.head_size, queries = config.num_heads * S, keys = config.num_kv_heads * S;
+    at::Tensor q, k, v;
+    if (family.has(Slot::kQueryKeyValue)) {
+      const at::Tensor all = project(block.linears.at(Slot::kQueryKeyValue), n);
+      q = all.narrow(1, 0, queries), k = all.narrow(1, queries, keys), v = all.narrow(1, queries + keys, keys);
+    } else {
+      q = project(block.linears.at(Slot::kQuery), n), k = project(block.linears.at(Slot::kKey), n), v = project(block.linears.at(Slot::kValue), n);
+    }
+    q = q.unflatten(1, {-1, S}), k = k.unflatten(1, {-1, S}), v = v.unflatten(1, {-1, S});
+    if (has(Slot::kQueryNorm)) q = norm(q, block.norms.at(Slot::kQueryNorm));
+    if (has(Slot::kKeyNorm)) k = norm(k, block.norms.at(Slot::kKeyNorm));
+    if (kind.use_rope) q = rotate(q, kind.local_rope ? config.local_rope : config.rope), k = rotate(k, kind.local_rope ? config.local_rope : config.rope);
+    std::vector<at::Tensor> documents;
+    std::int64_t first = 0;
+    for (const std::int64_t length : input.document_lengths) {
+      const at::Tensor distance = at::arange(length).unsqueeze(1) - at::arange(length).unsqueeze(0);
+      at::Tensor unseen = distance < 0;
+      if (kind.window > 0) unseen = unseen.logical_or(distance >= kind.window);
+      std::vector<at::Tensor> heads;
+      for (std::int64_t head = 0; head < config.num_heads; ++head) {
+        const auto part = [&](const at::Tensor& x, std::int64_t number) { return x.select(1, number).narrow(0, first, length); };
+        const std::int64_t shared = head / (config.num_heads / config.num_kv_heads);
+        const at::Tensor scores = at::matmul(part(q, head), part(k, shared).t()) * config.attention_scale;
+        heads.push_back(at::matmul(at::softmax(scores.masked_fill(unseen, -INFINITY), 1), part(v, shared)));
+      }
+      documents.push_back(at::cat(heads, 1));
+      first += length;
+    }
+    at::Tensor y = project(block.linears.at(Slot::kOutput), at::cat(documents));
+    h = h + (has(Slot::kAfterAttentionNorm) ? norm(y, block.norms.at(Slot::kAfterAttentionNorm)) : y);
+    const at::Tensor m = norm(h, block.norms.at(Slot::kMlpNorm));
+    at::Tensor gate, up;
+    if (family.has(Slot::kGateUp)) {
+      const at::Tensor both = project(block.linears.at(Slot::kGateUp), m);
+      gate = both.narrow(1, 0, config.intermediate_size), up = both.narrow(1, config.intermediate_size, config.intermediate_size);
+    } else {
+      gate = project(block.linears.at(Slot::kGate), m), up = project(block.linears.at(Slot::kUp), m);
+    }
+    y = project(block.linears.at(Slot::kDown), (config.gelu_tanh ? at::gelu(gate, "tanh") : at::silu(gate)) * up);
+    h = h + (has(Slot::kAfterMlpNorm) ? norm(y, block.norms.at(Slot::kAfterMlpNorm)) : y);
+  }
+  return norm(h, decoder.final_norm_D);
+}
+
 constexpr Keep kPolicies[] = {Keep::kAll, Keep::kNoMlp, Keep::kInputs};
 
 class FusedFamily : public ::testing::TestWithParam<std::string> {
@@ -134,6 +210,37 @@ const std::vector<std::int64_t> kOddLengths = {70, 1, 33, 5, 131, 64};
 
 TEST_P(FusedFamily, AdaptersEqualTheAtenPath) {
   compare([](Decoder& decoder) { attach(decoder, 0); }, packed_input(decoder_of(golden_), kOddLengths, 0), at::kFloat, 1e-5, 2e-5);
+}
+
+TEST_P(FusedFamily, GradientsAreTheFiniteDifferencesOfTheFormulaInDouble) {
+  Decoder decoder = decoder_of(golden_);
+  attach(decoder, 0);
+  for (const NamedTensor& named : decoder.tensors()) named.tensor->requires_grad_(true);
+  ASSERT_EQ(use_fused_blocks(decoder), "");
+  const Input input = packed_input(decoder, {13, 1, 6}, 0);
+  std::vector<at::Tensor> gradients;
+  const at::Tensor hidden_TD = run(decoder, input, &gradients);
+  const at::NoGradGuard constant;
+  EXPECT_TRUE(is_close_to_scale(hidden_TD, plain_hidden_TD(decoder, input), 1e-5));
+  const at::Tensor weights_TD = uneven(hidden_TD.sizes().vec(), 2, 1).to(at::kDouble);
+  const auto list = trained(decoder);
+  for (std::size_t i = 0; i < list.size(); ++i) {
+    if (!gradients[i].defined()) continue;  // a head that hidden states do not meet
+    at::Tensor& tensor = *list[i].second;
+    const at::Tensor before = tensor.detach().clone(), direction = uneven(before.sizes().vec(), 3 + static_cast<double>(i), 1);
+    // The step is exact in f32, so that the formula sees just this step; the formula itself is f64.
+    const auto value = [&](double step) {
+      tensor.detach().copy_(before + direction * step);
+      const at::Tensor moved = (tensor.detach() - before).to(at::kDouble);
+      return std::pair{(plain_hidden_TD(decoder, input) * weights_TD).sum().item<double>(), moved};
+    };
+    const auto [above, up] = value(1e-3);
+    const auto [below, down] = value(-1e-3);
+    tensor.detach().copy_(before);
+    const at::Tensor wide = gradients[i].to(at::kDouble);
+    const double expected = (wide * (up - down)).sum().item<double>(), scale = wide.norm().item<double>() * (up - down).norm().item<double>();
+    EXPECT_NEAR(above - below, expected, 2e-3 * scale + 1e-9) << list[i].first;
+  }
 }
 
 TEST_P(FusedFamily, AdaptersWithDropoutEqualTheAtenPath) {

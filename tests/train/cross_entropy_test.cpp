@@ -3,6 +3,8 @@
 
 #include <ATen/ops/arange.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/logsumexp.h>
+#include <ATen/ops/matmul.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/zeros.h>
@@ -10,6 +12,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <limits>
 
 #include "tests/closeness.h"
 #include "tests/golden.h"
@@ -126,6 +129,61 @@ TEST(CrossEntropy, MemoryDoesNotGrowWithTokensTimesVocabulary) {
   const std::uint64_t before = process_memory().peak;
   cross_entropy_sum(hidden, head, at::zeros({tokens}, at::kLong), at::ones({tokens}, at::kBool), 1).backward();
   EXPECT_LT(process_memory().peak - before, 400ull << 20);
+}
+
+TEST(CrossEntropy, MemoryIsIndependentOfAVocabularyOf262144) {
+  const std::int64_t tokens = 4096, vocabulary = 262'144, width = 8;  // whole logits: 4 GiB
+  for (const bool trains_head : {false, true}) {  // by tiles; by chunks
+    models::Linear head = head_of(at::randn({vocabulary, width}));
+    head.weight_OI.requires_grad_(trains_head);
+    const at::Tensor hidden = leaf(at::randn({tokens, width}));
+    const std::uint64_t before = process_memory().peak;
+    cross_entropy_sum(hidden, head, at::zeros({tokens}, at::kLong), at::ones({tokens}, at::kBool), 1).backward();
+    EXPECT_LT(process_memory().peak - before, 400ull << 20) << trains_head;
+  }
+}
+
+// The formula with label smoothing and z-loss, in f64, whose gradient autograd makes and finite differences check.
+at::Tensor plain_loss(const at::Tensor& hidden_TD, const at::Tensor& weight_VD, const at::Tensor& targets_T, const at::Tensor& keep_T, const LossConfig& loss) {
+  const at::Tensor logits_TV = at::matmul(hidden_TD, weight_VD.t()), log_sum_T = at::logsumexp(logits_TV, {1});
+  const at::Tensor target_T = logits_TV.gather(1, targets_T.unsqueeze(1)).squeeze(1);
+  const at::Tensor nats_T = log_sum_T - target_T * (1 - loss.label_smoothing) - logits_TV.mean(1) * loss.label_smoothing + log_sum_T.square() * loss.z_loss;
+  return (nats_T * keep_T.to(at::kDouble)).sum();
+}
+
+TEST(CrossEntropy, EveryPathEqualsTheFormulaAndItsFiniteDifferences) {
+  // More rows than a tile and a vocabulary of more than one, neither a multiple.
+  const std::int64_t tokens = 101, width = 7, vocabulary = 1030;
+  const at::Tensor hidden_TD = at::randn({tokens, width}), weight_VD = at::randn({vocabulary, width}), targets_T = at::arange(tokens) * 10, keep_T = targets_T.ne(30);
+  for (const LossConfig& loss : {LossConfig{}, LossConfig{.label_smoothing = 0.1}, LossConfig{.z_loss = 1e-2}, LossConfig{.label_smoothing = 0.2, .z_loss = 1e-3}}) {
+    const at::Tensor h = leaf(hidden_TD.to(at::kDouble)), w = leaf(weight_VD.to(at::kDouble));
+    const at::Tensor expected = plain_loss(h, w, targets_T, keep_T, loss);
+    expected.backward();
+    {
+      const at::NoGradGuard constant;
+      const at::Tensor direction = at::randn({tokens, width}, at::kDouble);
+      const auto value = [&](double step) { return plain_loss(h + direction * step, w, targets_T, keep_T, loss).item<double>(); };
+      EXPECT_NEAR((value(1e-5) - value(-1e-5)) / 2e-5, (h.grad() * direction).sum().item<double>(), 1e-5);
+    }
+    for (const bool trains_head : {false, true}) {  // by tiles; by chunks
+      models::Linear head = head_of(trains_head ? leaf(weight_VD) : weight_VD);
+      const at::Tensor hidden = leaf(hidden_TD), nats = cross_entropy_sum(hidden, head, targets_T, keep_T, 1, loss);
+      (nats * 2).backward();
+      EXPECT_TRUE(is_close(nats, expected, {.relative = 2e-6})) << trains_head;
+      EXPECT_TRUE(is_close_to_scale(hidden.grad(), h.grad() * 2, 5e-6)) << trains_head;
+      if (trains_head) {
+        EXPECT_TRUE(is_close_to_scale(head.weight_OI.grad(), w.grad() * 2, 1e-5));
+      }
+    }
+  }
+}
+
+TEST(CrossEntropy, WhatIsNotFiniteIsNotAveragedAway) {
+  at::Tensor hidden_TD = at::randn({5, 3});
+  hidden_TD[2][1] = std::numeric_limits<float>::quiet_NaN();
+  const at::Tensor weight_VD = at::randn({40, 3}), targets_T = at::zeros({5}, at::kLong), keep_T = at::ones({5}, at::kBool);
+  for (const bool trains_head : {false, true})
+    EXPECT_TRUE(std::isnan(cross_entropy_sum(leaf(hidden_TD), head_of(trains_head ? leaf(weight_VD) : weight_VD), targets_T, keep_T, 1).item<double>())) << trains_head;
 }
 
 TEST(CrossEntropy, Bf16StaysNearF32) {
