@@ -240,12 +240,19 @@ models::Decoder load_decoder(const fs::path& folder, at::ScalarType compute_type
 std::vector<std::pair<std::string, std::string>> write_weights(
     const fs::path& folder, const std::vector<std::pair<std::string, std::vector<std::int64_t>>>& names_and_shapes, at::ScalarType type,
     const std::function<at::Tensor(std::size_t)>& make, std::uint64_t max_shard_bytes) {
+  std::vector<TensorToWrite> tensors;
+  for (const auto& [name, shape] : names_and_shapes) tensors.push_back({name, type, shape});
+  return write_weights(folder, tensors, [&](std::size_t i) { return make(i).to(type); }, max_shard_bytes);
+}
+
+std::vector<std::pair<std::string, std::string>> write_weights(const fs::path& folder, const std::vector<TensorToWrite>& all,
+                                                               const std::function<at::Tensor(std::size_t)>& make, std::uint64_t max_shard_bytes) {
   std::vector<std::vector<std::size_t>> shards(1);
   std::uint64_t shard_bytes = 0, total_bytes = 0, total_parameters = 0;
-  for (std::size_t i = 0; i < names_and_shapes.size(); ++i) {
+  for (std::size_t i = 0; i < all.size(); ++i) {
     std::uint64_t count = 1;
-    for (const std::int64_t size : names_and_shapes[i].second) count *= static_cast<std::uint64_t>(size);
-    const std::uint64_t num_bytes = count * c10::elementSize(type);
+    for (const std::int64_t size : all[i].shape) count *= static_cast<std::uint64_t>(size);
+    const std::uint64_t num_bytes = count * c10::elementSize(all[i].type);
     if (shard_bytes > 0 && shard_bytes + num_bytes > max_shard_bytes) shards.emplace_back(), shard_bytes = 0;
     shards.back().push_back(i);
     shard_bytes += num_bytes;
@@ -264,10 +271,10 @@ std::vector<std::pair<std::string, std::string>> write_weights(
     }
     std::vector<TensorToWrite> tensors;
     for (const std::size_t i : shards[s]) {
-      tensors.push_back({names_and_shapes[i].first, type, names_and_shapes[i].second});
-      weight_map.emplace(names_and_shapes[i].first, name);
+      tensors.push_back(all[i]);
+      weight_map.emplace(all[i].name, name);
     }
-    written.emplace_back(name, write_safetensors(folder / name, tensors, [&](std::size_t k) { return make(shards[s][k]).to(type); }));
+    written.emplace_back(name, write_safetensors(folder / name, tensors, [&](std::size_t k) { return make(shards[s][k]); }));
   }
   if (shards.size() > 1) {
     Json index{{"metadata", {{"total_parameters", total_parameters}, {"total_size", total_bytes}}}, {"weight_map", weight_map}};

@@ -15,6 +15,8 @@
 
 namespace alambic::checkpoints {
 
+struct TensorToWrite;  // checkpoints/safetensors.h
+
 /// The regular file `name` of a folder that somebody else made; an empty path when there is none. A symbolic link may lead
 /// to a file of the same folder or, in the Hub's cache layout (<repo>/snapshots/<revision>/ -> <repo>/blobs/), to a blob;
 /// any other link is Error(kData), because a published folder must not pull in what lies elsewhere on the machine.
@@ -59,6 +61,11 @@ std::string base_hash(const std::filesystem::path& folder);
 std::vector<std::pair<std::string, std::string>> write_weights(
     const std::filesystem::path& folder, const std::vector<std::pair<std::string, std::vector<std::int64_t>>>& names_and_shapes,
     at::ScalarType type, const std::function<at::Tensor(std::size_t)>& make, std::uint64_t max_shard_bytes = 5'000'000'000);
+
+/// The same, each tensor in a type of its own, which make(i) returns.
+std::vector<std::pair<std::string, std::string>> write_weights(const std::filesystem::path& folder, const std::vector<TensorToWrite>& tensors,
+                                                               const std::function<at::Tensor(std::size_t)>& make,
+                                                               std::uint64_t max_shard_bytes = 5'000'000'000);
 
 /// What config.json calls a weight type: "float32", "bfloat16", "float16".
 std::string config_name_of(at::ScalarType weights);

@@ -11,6 +11,7 @@ namespace alambic::cli {
 Verb completion_verb();
 Verb doctor_verb();
 Verb evaluate_verb();
+Verb extend_verb();
 Verb generate_verb();
 Verb help_verb();
 Verb import_verb();

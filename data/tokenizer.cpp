@@ -3,6 +3,7 @@
 
 #include "core/error.h"
 #include "core/files.h"
+#include "core/json.h"
 #include "data/text_bridge/ownership.h"
 
 namespace alambic::data {
@@ -99,6 +100,20 @@ std::optional<std::string> Tokenizer::token_of(std::uint32_t id) const {
   OwnedText token;
   if (!alambic_tokenizer_token_of(state_->tokenizer, id, &token.text)) return std::nullopt;
   return std::string(token.view());
+}
+
+std::optional<std::uint32_t> Tokenizer::unknown_id() const {
+  std::uint32_t id = 0;
+  if (!alambic_tokenizer_unknown_id(state_->tokenizer, &id)) return std::nullopt;
+  return id;
+}
+
+std::string Tokenizer::extended_json(const std::vector<std::string>& tokens, bool special) const {
+  const std::string list = to_line(Json(tokens));
+  OwnedText text, error;
+  if (!alambic_tokenizer_extend(state_->json.data(), state_->json.size(), list.data(), list.size(), special, &text.text, &error.text))
+    fail(ErrorKind::kData, state_->source, ": the tokens cannot be added: ", error.view());
+  return std::string(text.view());
 }
 
 const std::string& Tokenizer::hash() const { return state_->hash; }

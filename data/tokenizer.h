@@ -35,6 +35,11 @@ class Tokenizer {
   std::uint32_t vocabulary_size() const;  // largest id + 1, added tokens included
   std::optional<std::uint32_t> id_of(std::string_view token) const;
   std::optional<std::string> token_of(std::uint32_t id) const;
+  /// What text becomes that the vocabulary cannot spell.
+  std::optional<std::uint32_t> unknown_id() const;
+  /// The tokenizer.json with further tokens, as transformers' add_tokens makes it: each gets the next id, and one that is not
+  /// special is looked for in the normalised text. Error(kData) names a token the crate refuses.
+  std::string extended_json(const std::vector<std::string>& tokens, bool special) const;
   /// SHA-256 over the sorted (token, id) pairs and the canonical pipeline JSON: equal iff the ids would be equal.
   const std::string& hash() const;
   /// The tokenizer.json text, as it was given.

@@ -32,6 +32,10 @@ typedef struct AlambicTokenizer AlambicTokenizer;
 
 /* Reads a tokenizer.json, within 300 seconds and about a hundred times its size in memory. Its padding and truncation settings are dropped: ids are those of the whole text. */
 bool alambic_tokenizer_new(const char* json, size_t json_size, AlambicTokenizer** tokenizer, AlambicText* error);
+/* The text of a tokenizer.json with more tokens (a JSON list of strings), which get the ids behind those in use. */
+bool alambic_tokenizer_extend(const char* json, size_t json_size, const char* tokens, size_t tokens_size, bool special, AlambicText* extended,
+                              AlambicText* error);
+bool alambic_tokenizer_unknown_id(const AlambicTokenizer* tokenizer, uint32_t* id); /* false: none */
 void alambic_tokenizer_free(AlambicTokenizer* tokenizer);
 
 /* Without offsets: the n ids. With offsets: 3n numbers; n ids, then where each token begins in the text, then where it

@@ -139,6 +139,37 @@ pub unsafe extern "C" fn alambic_tokenizer_new(
 }
 
 #[no_mangle]
+pub unsafe extern "C" fn alambic_tokenizer_extend(
+    json: *const u8,
+    json_size: usize,
+    tokens: *const u8,
+    tokens_size: usize,
+    special: bool,
+    extended: *mut AlambicText,
+    error: *mut AlambicText,
+) -> bool {
+    guarded(error, || {
+        let json = borrow(json, json_size).to_vec();
+        let tokens: Vec<String> = serde_json::from_slice(borrow(tokens, tokens_size)).map_err(|error| error.to_string())?;
+        let limits = Containment { megabytes: 1024 + (json.len() >> 20) as i64 * 200, seconds: 300 };
+        let text = contained(limits, move || tokens::Tokens::extended(&json, &tokens, special))?;
+        *extended = give_text(text.into_bytes());
+        Ok(())
+    })
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn alambic_tokenizer_unknown_id(tokenizer: *const tokens::Tokens, id: *mut u32) -> bool {
+    match quietly(|| Ok((*tokenizer).unknown_id())) {
+        Ok(Some(number)) => {
+            *id = number;
+            true
+        }
+        _ => false,
+    }
+}
+
+#[no_mangle]
 pub unsafe extern "C" fn alambic_tokenizer_free(tokenizer: *mut tokens::Tokens) {
     if !tokenizer.is_null() {
         let _ = quietly(|| {

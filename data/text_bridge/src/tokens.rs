@@ -4,7 +4,7 @@
 use crate::Result;
 use std::sync::Once;
 use tokenizers::models::ModelWrapper;
-use tokenizers::tokenizer::Tokenizer;
+use tokenizers::tokenizer::{AddedToken, Tokenizer};
 
 /// No real vocabulary comes near; a file may not make us size a table by an id it invents.
 const MOST_IDS: u32 = 1 << 24;
@@ -45,6 +45,32 @@ impl Tokens {
             return Err(format!("the vocabulary holds the id {largest}; the most is {}", MOST_IDS - 1));
         }
         Ok(Tokens { tokenizer, vocabulary_size: largest + 1 })
+    }
+
+    /// The file's text with more tokens behind those it has, as transformers' add_tokens makes it: a token that is not special
+    /// is looked for in the normalised text.
+    pub fn extended(json: &[u8], tokens: &[String], special: bool) -> Result<String> {
+        let fresh = || Tokenizer::from_bytes(json).map_err(in_words);
+        let made = |text: &String| AddedToken::from(text.clone(), special);
+        let mut tokenizer = fresh()?;
+        if let Err(problem) = tokenizer.add_tokens(tokens.iter().map(made)) {
+            // Which of them it was is not said: one by one, then.
+            let mut slowly = fresh()?;
+            for token in tokens {
+                slowly.add_tokens([made(token)]).map_err(|error| format!("{token:?}: {error}"))?;
+            }
+            return Err(in_words(problem));
+        }
+        tokenizer.to_string(false).map_err(in_words)
+    }
+
+    /// The token that stands for text the vocabulary cannot spell.
+    pub fn unknown_id(&self) -> Option<u32> {
+        let model = serde_json::to_value(self.tokenizer.get_model()).ok()?;
+        match model.get("unk_id").and_then(|id| id.as_u64()) {
+            Some(id) => u32::try_from(id).ok(),
+            None => self.tokenizer.token_to_id(model.get("unk_token")?.as_str()?),
+        }
     }
 
     pub fn encode(&self, text: &str, add_special_tokens: bool, with_offsets: bool) -> Result<Vec<u32>> {
