@@ -12,6 +12,7 @@
 #include "models/attention.h"
 #include "models/fused_blocks.h"
 #include "models/generate.h"
+#include "models/neftune.h"
 #include "models/norm.h"
 #include "models/rope.h"
 
@@ -177,6 +178,7 @@ at::Tensor Decoder::hidden_TD(const Input& input) const {
     const double scale = std::sqrt(static_cast<double>(config.hidden_size));
     h_TD = h_TD * (embedding_VD.scalar_type() == at::kBFloat16 ? static_cast<double>(at::BFloat16(static_cast<float>(scale))) : scale);
   }
+  add_neftune_noise_in_place(h_TD, input.document_lengths, input.neftune_alpha, input.dropout_seed);
   if (fused && input.cache == nullptr) return fused_hidden_TD(*this, input, h_TD);
 
   const double offset = config.family->norm_weight_offset, epsilon = config.norm_epsilon;

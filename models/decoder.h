@@ -37,6 +37,7 @@ struct Input {
   std::vector<std::int64_t> document_lengths;  // attention stays inside a document; their sum is T
   std::uint64_t dropout_seed = 0;              // 0 = evaluating
   KeyValueCache* cache = nullptr;              // generation: keys and values of earlier tokens of the single document
+  double neftune_alpha = 0;                    // noise on embeddings (models/neftune.h); only with a dropout_seed
 };
 
 /// A tensor of the decoder with its published name ("model.layers.0.self_attn.q_proj.weight").

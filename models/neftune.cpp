@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "models/neftune.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/error.h"
+#include "core/random.h"
+#include "core/vector_loops.h"
+
+namespace alambic::models {
+namespace {
+
+struct AddNoise {
+  /// values[i] += scale * noise(first + i): 64 random bits serve two places, so `first` is even.
+  [[gnu::always_inline]] static void run(float* values, std::int64_t count, std::uint64_t first, float scale, std::uint64_t seed) {
+    const auto noise = [&](std::uint64_t bits) __attribute__((always_inline)) { return static_cast<float>(static_cast<std::int32_t>(bits)) * 0x1p-31f; };
+    std::int64_t i = 0;
+    for (; i + 2 <= count; i += 2) {
+      const std::uint64_t bits = mix64(seed + (first + static_cast<std::uint64_t>(i)) / 2);
+      values[i] += scale * noise(bits & 0xffffffffu);
+      values[i + 1] += scale * noise(bits >> 32);
+    }
+    if (i < count) values[i] += scale * noise(mix64(seed + (first + static_cast<std::uint64_t>(i)) / 2) & 0xffffffffu);
+  }
+};
+
+}  // namespace
+
+void add_neftune_noise_in_place(at::Tensor& h_TD, const std::vector<std::int64_t>& document_lengths, double alpha, std::uint64_t seed) {
+  if (alpha == 0 || seed == 0) return;
+  if (h_TD.scalar_type() != at::kFloat || !h_TD.is_contiguous()) fail(ErrorKind::kBug, "noise on embeddings of type ", toString(h_TD.scalar_type()));
+  const std::int64_t width = h_TD.size(1);
+  const std::uint64_t own_seed = derive_seed(seed, "neftune");
+  float* const values = h_TD.mutable_data_ptr<float>();
+  std::int64_t begin = 0;
+  for (const std::int64_t length : document_lengths) {
+    const auto scale = static_cast<float>(alpha / std::sqrt(static_cast<double>(length) * static_cast<double>(width)));
+    // A row begins at an even place whatever the width, so that rows can be drawn one by one.
+    const auto padded_width = static_cast<std::uint64_t>(width + width % 2);
+    at::parallel_for(begin, begin + length, std::max<std::int64_t>(1, (1 << 14) / width), [&](std::int64_t from, std::int64_t to) {
+      for (std::int64_t row = from; row < to; ++row)
+        run_vectorised<AddNoise>(values + row * width, width, static_cast<std::uint64_t>(row) * padded_width, scale, own_seed);
+    });
+    begin += length;
+  }
+}
+
+}  // namespace alambic::models
