@@ -257,18 +257,18 @@ Json step(const std::filesystem::path& model, at::ScalarType type, const StepCas
   config.data.row_length = wanted.length;
   config.data.rows_per_batch = wanted.rows;
   train::prepare_blocks(decoder, config);
-  train::AdamW optimizer(lora::trainable(decoder), {});
+  const std::unique_ptr<train::Optimizer> optimizer = train::make_optimizer(lora::trainable(decoder), {});
   const auto alone = parallel::single();
   const data::Batch batch = batch_of(wanted, decoder.config.vocabulary_size);
   const auto num_tokens = static_cast<double>(batch.tokens_T.numel());
-  const train::MemoryEstimate estimate = train::estimate_memory(decoder, 2 * sizeof(float) * static_cast<std::uint64_t>(optimizer.num_parameters()), batch.tokens_T.numel());
+  const train::MemoryEstimate estimate = train::estimate_memory(decoder, static_cast<std::uint64_t>(optimizer->state_bytes()), batch.tokens_T.numel());
   const auto loss_sum = [&](const data::Batch& own, std::uint64_t seed) {
     return train::cross_entropy_sum(decoder.hidden_TD(train::input_of(own, seed)), decoder.head, own.targets_T, own.keep_T, seed);
   };
   std::vector<double> losses, seconds;
   for (int i = 0; i < 1 + wanted.steps; ++i) {  // the first one warms up
     const Stopwatch watch;
-    losses.push_back(train::step({&batch, 1}, loss_sum, optimizer, 2e-4, 1.0, /*dropout_seed=*/1, *alone).nats_per_token);
+    losses.push_back(train::step({&batch, 1}, loss_sum, *optimizer, 2e-4, 1.0, /*dropout_seed=*/1, *alone).nats_per_token);
     if (i > 0) seconds.push_back(watch.seconds());
   }
   std::sort(seconds.begin(), seconds.end());

@@ -26,19 +26,19 @@ TrainReport finetune(const TrainConfig& config, bool resume, const std::function
   models::Decoder decoder = checkpoints::load_decoder(config.model, compute_type_of(config));
   make_trainable(decoder, config);
   prepare_blocks(decoder, config);
-  AdamW optimizer(lora::trainable(decoder), config.optimizer);
-  require_disk(config, optimizer.num_parameters());
+  const std::unique_ptr<Optimizer> optimizer = make_optimizer(lora::trainable(decoder), config.optimizer);
+  require_disk(config, *optimizer);
   data::BatchStream batches(stream_config(config), static_cast<std::uint32_t>(inputs.model.vocabulary_size));
   const auto ranks = parallel::single();
   const Sampler sampler(config, decoder);
 
   const LossSum loss_sum = [&](const data::Batch& batch, std::uint64_t dropout_seed) {
-    const at::Tensor hidden_TD = decoder.hidden_TD(input_of(batch, dropout_seed));
+    const at::Tensor hidden_TD = decoder.hidden_TD(input_of(batch, dropout_seed, config.neftune_alpha));
     return cross_entropy_sum(hidden_TD, decoder.head, batch.targets_T, batch.keep_T, dropout_seed, config.loss);
   };
   const LoopParts parts{
       .batches = batches,
-      .optimizer = optimizer,
+      .optimizer = *optimizer,
       .ranks = *ranks,
       .loss_sum = loss_sum,
       .evaluate = [&] { return evaluate_all(config, decoder, inputs); },
@@ -54,7 +54,7 @@ TrainReport finetune(const TrainConfig& config, bool resume, const std::function
   };
   const std::optional<Progress> resumed = restore(config, parts);
   if (!resumed && config.method == "lora") lora::initialise(decoder, config.lora, config.seed);
-  log_info("training ", optimizer.num_parameters(), " of ", inputs.model.num_parameters(), " parameters for ", parts.total_steps, " steps, ",
+  log_info("training ", optimizer->num_parameters(), " of ", inputs.model.num_parameters(), " parameters for ", parts.total_steps, " steps, ",
            toString(compute_type_of(config)), ", into ", config.output.string());
   const Progress progress = run(config, parts, resumed);
   return finish(config, inputs, progress);

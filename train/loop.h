@@ -10,8 +10,8 @@
 #include "core/json.h"
 #include "data/batch_stream.h"
 #include "parallel/communicator.h"
-#include "train/adamw.h"
 #include "train/base_state.h"
+#include "train/optimizer.h"
 #include "train/run_log.h"
 #include "train/step.h"
 #include "train/train_config.h"
@@ -24,7 +24,7 @@ inline constexpr std::int64_t kMaxBadSteps = 5;
 /// What a loop calls; the recipe says what it means.
 struct LoopParts {
   data::BatchStream& batches;
-  AdamW& optimizer;
+  Optimizer& optimizer;
   parallel::Communicator& ranks;
   LossSum loss_sum;
   /// Held-out figures by name: {"<name>": {"loss": ..., ...}}; null where there is nothing to evaluate on.

@@ -45,10 +45,10 @@ Json plan(const TrainConfig& config, bool probe) {
   models::Decoder decoder = checkpoints::load_decoder(config.model, compute_type_of(config));
   make_trainable(decoder, config);
   const std::string not_fused = prepare_blocks(decoder, config);
-  const AdamW optimizer(lora::trainable(decoder), config.optimizer);
+  const std::unique_ptr<Optimizer> optimizer = make_optimizer(lora::trainable(decoder), config.optimizer);
   data::BatchStream batches(stream_config(config), static_cast<std::uint32_t>(inputs.model.vocabulary_size));
   const Sampler sampler(config, decoder);
-  require_disk(config, optimizer.num_parameters());
+  require_disk(config, *optimizer);
 
   const std::int64_t steps = total_steps(config, batches, inputs);
   const std::vector<data::Batch> first_step = batches.next_step();
@@ -56,8 +56,8 @@ Json plan(const TrainConfig& config, bool probe) {
   Json warnings = inputs.warnings;
   if (!note.empty()) warnings.push_back(note);
 
-  const auto parameters = static_cast<std::uint64_t>(inputs.model.num_parameters()), trained = static_cast<std::uint64_t>(optimizer.num_parameters());
-  const MemoryEstimate memory = estimate_memory(decoder, 2 * trained * sizeof(float), config.data.row_length * config.data.rows_per_batch);
+  const auto parameters = static_cast<std::uint64_t>(inputs.model.num_parameters()), trained = static_cast<std::uint64_t>(optimizer->num_parameters());
+  const MemoryEstimate memory = estimate_memory(decoder, static_cast<std::uint64_t>(optimizer->state_bytes()), config.data.row_length * config.data.rows_per_batch);
   const std::uint64_t total = memory.total(), available = available_memory();
   if (available > 0 && total > available)
     warnings.push_back("memory: about " + std::to_string(total >> 20) + " MiB are needed, " + std::to_string(available >> 20) +
@@ -77,7 +77,7 @@ Json plan(const TrainConfig& config, bool probe) {
     time = {{"tokens_per_second", rate}, {"seconds", static_cast<double>(steps) * step_tokens / rate}, {"measured", true},
             {"note", "steps only; evaluations, samples and checkpoints come on top"}, {"probe_peak_memory", process_memory().peak}};
   }
-  const std::uint64_t checkpoint = checkpoint_bytes(config, optimizer.num_parameters());
+  const std::uint64_t checkpoint = checkpoint_bytes(config, *optimizer);
   return {{"steps", steps},
           {"tokens_per_step", step_tokens},
           {"tokens", step_tokens * static_cast<double>(steps)},

@@ -94,16 +94,16 @@ void make_trainable(models::Decoder& decoder, const TrainConfig& config) {
   else lora::train_everything(decoder);
 }
 
-std::uint64_t checkpoint_bytes(const TrainConfig& config, std::int64_t num_trained_parameters) {
-  // Weights, two moments, and the PEFT folder or what a full fine-tune writes at the end. Where a part of the base was taken out
-  // that part is kept too, and the PEFT folder has twice the rank.
-  const std::uint64_t copies = config.method == "lora" && lora::parse_init(config.lora.init).changes_base() ? 6 : 4;
-  return copies * sizeof(float) * static_cast<std::uint64_t>(num_trained_parameters) + (1 << 20);
+std::uint64_t checkpoint_bytes(const TrainConfig& config, const Optimizer& optimizer) {
+  // The weights, and the PEFT folder or what a full fine-tune writes at the end. Where a part of the base was taken out that part
+  // is kept too, and the PEFT folder has twice the rank.
+  const std::int64_t copies = config.method == "lora" && lora::parse_init(config.lora.init).changes_base() ? 4 : 2;
+  return static_cast<std::uint64_t>(copies * static_cast<std::int64_t>(sizeof(float)) * optimizer.num_parameters() + optimizer.state_bytes()) + (1 << 20);
 }
 
-void require_disk(const TrainConfig& config, std::int64_t num_trained_parameters) {
+void require_disk(const TrainConfig& config, const Optimizer& optimizer) {
   // The kept ones, the best one, and the one being written.
-  const std::uint64_t needed = checkpoint_bytes(config, num_trained_parameters) * static_cast<std::uint64_t>(config.checkpoint.keep + 2), free = free_bytes(config.output);
+  const std::uint64_t needed = checkpoint_bytes(config, optimizer) * static_cast<std::uint64_t>(config.checkpoint.keep + 2), free = free_bytes(config.output);
   if (free < needed)
     fail(ErrorKind::kResource, config.output.string(), ": ", free >> 20, " MiB are free, checkpoints need ", needed >> 20, " MiB",
          Remedy{"free space, choose another output, or lower checkpoint.keep"});

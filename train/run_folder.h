@@ -31,10 +31,10 @@ void use_threads(const TrainConfig& config);
 /// Attaches the adapter, still empty (its first values are lora::initialise's or a checkpoint's), or makes every weight train.
 void make_trainable(models::Decoder& decoder, const TrainConfig& config);
 
-/// Bytes of one checkpoint that trains so many parameters.
-std::uint64_t checkpoint_bytes(const TrainConfig& config, std::int64_t num_trained_parameters);
+/// Bytes of one checkpoint.
+std::uint64_t checkpoint_bytes(const TrainConfig& config, const Optimizer& optimizer);
 /// Error(kResource) when the checkpoints that are kept at once will not fit on the disk.
-void require_disk(const TrainConfig& config, std::int64_t num_trained_parameters);
+void require_disk(const TrainConfig& config, const Optimizer& optimizer);
 
 /// The first limit reached, in steps. A limit in tokens is turned into steps by the mean of the first steps' tokens.
 std::int64_t total_steps(const TrainConfig& config, const data::BatchStream& batches, const Inputs& inputs);

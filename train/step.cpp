@@ -10,7 +10,7 @@
 
 namespace alambic::train {
 
-StepReport step(std::span<const data::Batch> micro_batches, const LossSum& loss_sum, AdamW& optimizer, double learning_rate,
+StepReport step(std::span<const data::Batch> micro_batches, const LossSum& loss_sum, Optimizer& optimizer, double learning_rate,
                 double max_grad_norm, std::uint64_t dropout_seed, parallel::Communicator& ranks,
                 const std::function<bool()>& stop_requested) {
   // Counted before any forward pass, over all ranks: each token then weighs the same, however the batch was cut.

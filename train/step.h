@@ -8,13 +8,14 @@
 
 #include "data/batch.h"
 #include "parallel/communicator.h"
-#include "train/adamw.h"
+#include "train/optimizer.h"
 
 namespace alambic::train {
 
 /// What a decoder reads of a batch.
-inline models::Input input_of(const data::Batch& batch, std::uint64_t dropout_seed) {
-  return {.tokens_T = batch.tokens_T, .positions_T = batch.positions_T, .document_lengths = batch.document_lengths, .dropout_seed = dropout_seed};
+inline models::Input input_of(const data::Batch& batch, std::uint64_t dropout_seed, double neftune_alpha = 0) {
+  return {.tokens_T = batch.tokens_T, .positions_T = batch.positions_T, .document_lengths = batch.document_lengths, .dropout_seed = dropout_seed,
+          .neftune_alpha = neftune_alpha};
 }
 
 /// Sum of the loss over a batch's kept tokens, in nats: a differentiable f64 scalar. dropout_seed is never 0.
@@ -29,7 +30,7 @@ struct StepReport {
 };
 
 /// One optimiser step over this rank's micro-batches. Error(kData) when every token is masked.
-StepReport step(std::span<const data::Batch> micro_batches, const LossSum& loss_sum, AdamW& optimizer, double learning_rate,
+StepReport step(std::span<const data::Batch> micro_batches, const LossSum& loss_sum, Optimizer& optimizer, double learning_rate,
                 double max_grad_norm, std::uint64_t dropout_seed, parallel::Communicator& ranks,
                 const std::function<bool()>& stop_requested = {});
 

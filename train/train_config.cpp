@@ -35,11 +35,20 @@ void EvaluationConfig::visit(FieldVisitor& fields) {
 }
 
 void OptimizerConfig::visit(FieldVisitor& fields) {
+  fields.field("kind", kind, {.help = "adamw; adamw8bit: block-wise 8-bit moments, 2 bytes a trained parameter instead of 8; adafactor: a matrix remembers row and column means only; "
+                                      "muon: orthogonal updates for the matrices of a full fine-tune, AdamW for the rest",
+                              .choices = {"adamw", "adamw8bit", "adafactor", "muon"}});
   fields.field("beta1", beta1, {.help = "AdamW: decay of the mean of gradients", .low = 0, .high = 0.999999});
   fields.field("beta2", beta2, {.help = "AdamW: decay of the mean of squared gradients", .low = 0, .high = 0.9999999});
   fields.field("epsilon", epsilon, {.help = "AdamW: added to the denominator", .low = 1e-16, .high = 1});
   fields.field("weight_decay", weight_decay, {.help = "decoupled decay of all trained tensors but biases and norms", .low = 0, .high = 1});
   fields.field("max_grad_norm", max_grad_norm, {.help = "gradients are scaled down to this norm; 0: never", .low = 0, .high = 1e6});
+  fields.field("lora_plus_ratio", lora_plus_ratio, {.help = "LoRA+: learning rate of B (and of one-dimensional tensors) over that of A; 4 to 16 is usual", .low = 1e-3, .high = 1e3});
+  fields.field("embedding_lr_ratio", embedding_lr_ratio, {.help = "learning rate of a trained embedding and head over that of the rest", .low = 0, .high = 1e3});
+  fields.field("adafactor_scale_parameter", adafactor_scale_parameter, {.help = "Adafactor: learning rates are relative to each tensor's root mean square"});
+  fields.field("muon_momentum", muon_momentum, {.help = "Muon: decay of the mean of gradients", .low = 0, .high = 0.999999});
+  fields.field("muon_rate", muon_rate, {.help = "Muon: how a matrix's shape scales the learning rate; match_rms_adamw takes the rates that AdamW takes",
+                                        .choices = {"match_rms_adamw", "original", "spectral_unclamped"}});
 }
 
 void ScheduleConfig::visit(FieldVisitor& fields) {
@@ -79,11 +88,12 @@ void TrainConfig::visit(FieldVisitor& fields) {
   fields.group("data", "what is learnt from", data);
   fields.group("evaluation", "held-out text", evaluation);
   fields.group("loss", "cross-entropy", loss);
-  fields.group("optimizer", "AdamW", optimizer);
+  fields.group("optimizer", "how gradients change what trains", optimizer);
   fields.group("schedule", "learning rate over time", schedule);
   fields.group("limits", "when the run ends", limits);
   fields.group("samples", "fixed prompts", samples);
   fields.group("checkpoint", "what is kept on disk", checkpoint);
+  fields.field("neftune_alpha", neftune_alpha, {.help = "NEFTune: uniform noise of alpha / sqrt(document tokens x hidden size) on embeddings while training; 5 to 15 is usual, 0: none", .low = 0, .high = 1e3});
   fields.field("compute_type", compute_type, {.help = "auto: bf16 where the processor multiplies it natively, else f32", .choices = {"auto", "f32", "bf16"}});
   fields.field("memory", memory, {.help = "kept of the forward pass: store all, all but the mlp's, each block's input alone; the rest is computed again with the same bits. auto: the most that fits", .choices = {"auto", "store", "mlp", "block"}});
   fields.field("threads", threads, {.help = "processor threads; 0: all. The same number gives the same bits", .low = 0, .high = 4096});
@@ -112,6 +122,16 @@ void check(const TrainConfig& config) {
     problem("schedule: warmup_share + decay_share is more than 1");
   if (config.method == "full" && config.compute_type == "bf16")
     problem("compute_type: a full fine-tune trains the weights themselves, which are kept in f32; use auto or f32");
+  const OptimizerConfig& optimizer = config.optimizer;
+  const OptimizerConfig defaults;
+  if (optimizer.kind == "muon" && config.method == "lora")
+    problem("optimizer.kind: muon needs method: full; orthogonal updates of an adapter's A and B do not make an orthogonal update of the weight");
+  if (optimizer.lora_plus_ratio != 1 && config.method != "lora") problem("optimizer.lora_plus_ratio: is about adapters; method is " + config.method);
+  if (optimizer.kind == "adafactor" && (optimizer.beta1 != defaults.beta1 || optimizer.beta2 != defaults.beta2 || optimizer.epsilon != defaults.epsilon))
+    problem("optimizer: adafactor does not read beta1, beta2 and epsilon");
+  if (optimizer.kind != "adafactor" && optimizer.adafactor_scale_parameter) problem("optimizer.adafactor_scale_parameter: only kind: adafactor reads it");
+  if (optimizer.kind != "muon" && (optimizer.muon_momentum != defaults.muon_momentum || optimizer.muon_rate != defaults.muon_rate))
+    problem("optimizer: only kind: muon reads muon_momentum and muon_rate");
   if (!problems.empty()) fail(ErrorKind::kUsage, problems);
 }
 

@@ -42,8 +42,13 @@ struct EvaluationConfig {
 };
 
 struct OptimizerConfig {
+  std::string kind = "adamw";      // adamw, adamw8bit, adafactor, muon
   double beta1 = 0.9, beta2 = 0.999, epsilon = 1e-8, weight_decay = 0.0;
   double max_grad_norm = 1.0;      // 0: no clipping
+  double lora_plus_ratio = 1, embedding_lr_ratio = 1;  // of the schedule's learning rate
+  bool adafactor_scale_parameter = false;
+  double muon_momentum = 0.95;
+  std::string muon_rate = "match_rms_adamw";  // match_rms_adamw, original, spectral_unclamped
   void visit(FieldVisitor& fields);
 };
 
@@ -91,6 +96,7 @@ struct TrainConfig {
   LimitsConfig limits;
   SamplesConfig samples;
   CheckpointConfig checkpoint;
+  double neftune_alpha = 0;           // 0: no noise on embeddings
   std::string compute_type = "auto";  // auto, f32, bf16
   std::string memory = "auto";        // auto, store, mlp, block: models::Keep
   std::int64_t threads = 0;           // 0: all processors

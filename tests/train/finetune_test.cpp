@@ -304,6 +304,21 @@ TEST(Finetune, AStoreOfALargerVocabularyIsRefused) {
   EXPECT_TRUE(fails_with(ErrorKind::kData, "has 50 tokens, the model only 48", [&] { finetune(config, false, never); }));
 }
 
+TEST(Finetune, OptimizerSettingsThatContradictAreListedBeforeAnythingIsRead) {
+  const ScratchFolder folder;
+  const auto refused = [&](const std::string& words, const std::function<void(TrainConfig&)>& set) {
+    TrainConfig config = tiny_config(folder.path(), "run");
+    set(config);
+    EXPECT_TRUE(fails_with(ErrorKind::kUsage, words, [&] { finetune(config, false, never); }));
+    EXPECT_FALSE(fs::exists(config.output));
+  };
+  refused("muon needs method: full", [](TrainConfig& config) { config.optimizer.kind = "muon"; });
+  refused("lora_plus_ratio: is about adapters", [](TrainConfig& config) { config.method = "full", config.optimizer.lora_plus_ratio = 4; });
+  refused("adafactor does not read beta1", [](TrainConfig& config) { config.optimizer.kind = "adafactor", config.optimizer.beta2 = 0.95; });
+  refused("only kind: adafactor reads it", [](TrainConfig& config) { config.optimizer.adafactor_scale_parameter = true; });
+  refused("only kind: muon reads", [](TrainConfig& config) { config.optimizer.muon_rate = "original"; });
+}
+
 TEST(Finetune, DivergenceEndsTheRunAndNamesTheSamples) {
   const ScratchFolder folder;
   TrainConfig config = tiny_config(folder.path(), "run");

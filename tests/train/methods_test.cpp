@@ -58,6 +58,13 @@ const Method kMethods[] = {
      1e-3},  // the run's base was W - scale B0 A0 rounded to bf16, the published one is W
     {"PissaDora", "llama_tied", [](TrainConfig& config) { config.lora.init = "pissa", config.lora.dora = true; }, {}, true},
     {"Olora", "llama_untied", [](TrainConfig& config) { config.lora.init = "olora", config.lora.rslora = true, config.lora.alpha = 1; }},
+    // A rank beyond all sense makes A and B large enough for 8-bit moments.
+    {"Adamw8bit", "llama_tied", [](TrainConfig& config) { config.optimizer.kind = "adamw8bit", config.lora.rank = 512, config.lora.alpha = 64; }, {}, true},
+    {"Adafactor", "llama_tied", [](TrainConfig& config) { config.optimizer.kind = "adafactor"; }, {}, true},
+    {"LoraPlus", "llama_tied", [](TrainConfig& config) { config.optimizer.lora_plus_ratio = 4, config.schedule.learning_rate = 5e-3; }, {}, true},
+    {"Neftune", "llama_tied", [](TrainConfig& config) { config.neftune_alpha = 5; }, {}, true},
+    {"FullMuon", "llama_tied", [](TrainConfig& config) { config.method = "full", config.optimizer.kind = "muon"; }, {kEmbedding, "model.norm.weight"}, true},
+    {"FullAdafactor", "llama_untied", [](TrainConfig& config) { config.method = "full", config.optimizer.kind = "adafactor", config.optimizer.embedding_lr_ratio = 0.5; }, {kHead, kEmbedding}},
     {"Full", "llama_tied", [](TrainConfig& config) { config.method = "full"; }, {kEmbedding, "model.norm.weight"}, true},
     {"FullUntied", "llama_untied", [](TrainConfig& config) { config.method = "full"; }, {kHead, kEmbedding, "model.norm.weight"}},
 };

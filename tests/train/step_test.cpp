@@ -63,7 +63,7 @@ TEST_P(PeftTraining, TwentyStepsGiveTheSameLossesAndTheSameAdapter) {  // tests/
     const at::NoGradGuard no_grad;
     for (const models::NamedTensor& named : trained) named.tensor->copy_(peft["initial." + named.name]);
   }
-  AdamW optimizer(trained, {.weight_decay = 0.01});
+  const std::unique_ptr<Optimizer> optimizer = make_optimizer(trained, {.weight_decay = 0.01});
   const ScheduleConfig schedule{.shape = "cosine", .learning_rate = 5e-3, .warmup_steps = 4};
   const LossSum loss_sum = [&](const data::Batch& batch, std::uint64_t seed) {
     return cross_entropy_sum(decoder.hidden_TD(input_of(batch, seed)), decoder.head, batch.targets_T, batch.keep_T, seed);
@@ -85,7 +85,7 @@ TEST_P(PeftTraining, TwentyStepsGiveTheSameLossesAndTheSameAdapter) {  // tests/
       }
       micro_batches.push_back(batch_of(rows, masks));
     }
-    const StepReport report = step(micro_batches, loss_sum, optimizer, learning_rate_at(schedule, number, 20), 0.5, 1, *ranks);
+    const StepReport report = step(micro_batches, loss_sum, *optimizer, learning_rate_at(schedule, number, 20), 0.5, 1, *ranks);
     EXPECT_TRUE(report.applied);
     EXPECT_NEAR(report.nats_per_token, peft["losses"][number].item<double>(), 1e-5) << "step " << number;
     EXPECT_NEAR(report.grad_norm, peft["norms"][number].item<double>(), 2e-5 * std::max(1.0, report.grad_norm)) << "step " << number;
@@ -98,7 +98,7 @@ INSTANTIATE_TEST_SUITE_P(Families, PeftTraining, ::testing::Values("llama", "qwe
 // A model of one matrix: logits = embedding row of the token.
 struct Toy {
   at::Tensor weight = at::randn({8, 8}).requires_grad_(true);
-  AdamW optimizer{{{"weight", &weight}}, {}};
+  std::unique_ptr<Optimizer> optimizer = make_optimizer({{"weight", &weight}}, {});
   LossSum loss_sum = [this](const data::Batch& batch, std::uint64_t) {
     return -weight.index_select(0, batch.tokens_T).log_softmax(1).gather(1, batch.targets_T.unsqueeze(1)).squeeze(1).masked_select(batch.keep_T).sum(at::kDouble);
   };
@@ -123,11 +123,11 @@ TEST(Step, EachTokenWeighsTheSameHoweverTheBatchIsCut) {
       for (const std::size_t i : part) rows.push_back(kRows[i]), mask.push_back(kMask[i]);
       batches.push_back(batch_of(rows, mask));
     }
-    const StepReport report = step(batches, toy.loss_sum, toy.optimizer, 0.1, 1.0, 1, *toy.ranks);
+    const StepReport report = step(batches, toy.loss_sum, *toy.optimizer, 0.1, 1.0, 1, *toy.ranks);
     EXPECT_EQ(report.num_tokens, 6);
     losses.push_back(report.nats_per_token);
     // The first moment is the gradient times (1 - beta1): AdamW itself would hide a wrong divisor.
-    results.push_back(toy.optimizer.state()[1].second.clone());
+    results.push_back(toy.optimizer->state()[1].second.clone());
   }
   for (std::size_t i = 1; i < results.size(); ++i) {
     EXPECT_NEAR(losses[i], losses[0], 1e-6);
@@ -143,17 +143,17 @@ TEST(Step, ALossThatIsNotFiniteIsNotApplied) {
   const LossSum bad = [&](const data::Batch& batch, std::uint64_t seed) {
     return toy.loss_sum(batch, seed) * (batch.first_sample == 77 ? std::numeric_limits<double>::quiet_NaN() : 1.0);
   };
-  const StepReport report = step(batches, bad, toy.optimizer, 0.1, 1.0, 1, *toy.ranks);
+  const StepReport report = step(batches, bad, *toy.optimizer, 0.1, 1.0, 1, *toy.ranks);
   EXPECT_FALSE(report.applied);
   EXPECT_TRUE(std::isnan(report.nats_per_token));
   EXPECT_EQ(report.bad_samples, std::vector<std::uint64_t>{77});
   EXPECT_TRUE(toy.weight.detach().equal(before));
-  EXPECT_EQ(toy.optimizer.num_steps(), 0);
+  EXPECT_EQ(toy.optimizer->num_steps(), 0);
   // What the bad step gathered does not leak into the next one.
-  const StepReport next = step(batches, toy.loss_sum, toy.optimizer, 0.1, 0, 1, *toy.ranks);
+  const StepReport next = step(batches, toy.loss_sum, *toy.optimizer, 0.1, 0, 1, *toy.ranks);
   Toy clean;
   clean.weight.detach().copy_(before);
-  EXPECT_EQ(next.grad_norm, step(batches, clean.loss_sum, clean.optimizer, 0.1, 0, 1, *clean.ranks).grad_norm);
+  EXPECT_EQ(next.grad_norm, step(batches, clean.loss_sum, *clean.optimizer, 0.1, 0, 1, *clean.ranks).grad_norm);
 }
 
 TEST(Step, AGradientThatIsNotFiniteIsNotApplied) {
@@ -163,7 +163,7 @@ TEST(Step, AGradientThatIsNotFiniteIsNotApplied) {
     return toy.loss_sum(batch, seed) + (toy.weight - toy.weight.detach()).abs().sum(at::kDouble).sqrt();
   };
   const std::vector<data::Batch> batches = {batch_of({kRows[0]}, {kMask[0]})};
-  const StepReport report = step(batches, bad, toy.optimizer, 0.1, 1.0, 1, *toy.ranks);
+  const StepReport report = step(batches, bad, *toy.optimizer, 0.1, 1.0, 1, *toy.ranks);
   EXPECT_TRUE(std::isfinite(report.nats_per_token));
   EXPECT_FALSE(std::isfinite(report.grad_norm));
   EXPECT_FALSE(report.applied);
@@ -174,7 +174,7 @@ TEST(Step, AGradientThatIsNotFiniteIsNotApplied) {
 TEST(Step, AStepWithoutATokenToLearnFromIsRefused) {
   Toy toy;
   const std::vector<data::Batch> batches = {batch_of({{1, 2}}, {{false, false}})};
-  EXPECT_TRUE(testing::fails_with(ErrorKind::kData, "is masked", [&] { step(batches, toy.loss_sum, toy.optimizer, 0.1, 1.0, 1, *toy.ranks); }));
+  EXPECT_TRUE(testing::fails_with(ErrorKind::kData, "is masked", [&] { step(batches, toy.loss_sum, *toy.optimizer, 0.1, 1.0, 1, *toy.ranks); }));
 }
 
 TEST(Step, StopsBetweenMicroBatchesAndLeavesNothingBehind) {
@@ -182,7 +182,7 @@ TEST(Step, StopsBetweenMicroBatchesAndLeavesNothingBehind) {
   const at::Tensor before = toy.weight.detach().clone();
   const std::vector<data::Batch> batches = {batch_of({kRows[0]}, {kMask[0]}), batch_of({kRows[2]}, {kMask[2]})};
   int asked = 0;
-  const StepReport report = step(batches, toy.loss_sum, toy.optimizer, 0.1, 1.0, 1, *toy.ranks, [&] { return ++asked == 1; });
+  const StepReport report = step(batches, toy.loss_sum, *toy.optimizer, 0.1, 1.0, 1, *toy.ranks, [&] { return ++asked == 1; });
   EXPECT_TRUE(report.stopped);
   EXPECT_FALSE(report.applied);
   EXPECT_EQ(asked, 1);
