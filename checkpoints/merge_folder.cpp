@@ -23,6 +23,7 @@
 #include "core/files.h"
 #include "core/log.h"
 #include "lora/merge.h"
+#include "models/token_rows.h"
 
 namespace alambic::checkpoints {
 namespace {
@@ -83,6 +84,10 @@ Changes load_adapter_changes(models::Decoder& decoder, const MergeConfig& config
     if (linear.linear->adapter) changes.adapters.emplace(linear.path + ".weight", *linear.linear->adapter);
   for (const models::NamedTensor& tensor : decoder.tensors())
     if (tensor.tensor->requires_grad()) changes.replaced.emplace(tensor.name, tensor.tensor->detach());
+  if (decoder.token_rows_ND.defined())
+    changes.replaced.emplace(changes.embedding, models::with_token_rows(decoder.embedding_VD, decoder.token_rows_ND, decoder.token_row_ids));
+  if (decoder.head.token_rows_ND.defined() && !decoder.head_tied)
+    changes.replaced.emplace(changes.head, models::with_token_rows(decoder.head.weight_OI, decoder.head.token_rows_ND, decoder.head.token_row_ids));
   changes.num_adapter_tensors = static_cast<std::int64_t>(SafetensorsFile(file_of_folder(config.adapter, "adapter_model.safetensors")).entries().size());
   return changes;
 }

@@ -70,7 +70,7 @@ constexpr PeftField kFields[] = {
     {"monteclora_config", Use::kDefaultOnly},
     {"qalora_group_size", Use::kDefaultOnly, "16"},
     {"target_parameters", Use::kDefaultOnly},
-    {"trainable_token_indices", Use::kDefaultOnly},
+    {"trainable_token_indices", Use::kRead},
     {"use_bdlora", Use::kDefaultOnly},
     {"use_qalora", Use::kDefaultOnly, "false"},
     {"velora_config", Use::kDefaultOnly},
@@ -124,6 +124,33 @@ std::map<std::string, Value> pattern_map(const Json& value, std::string_view sou
   return patterns;
 }
 
+/// A list of ids means the embedding's rows; an object may name rows of the head too, which must be the same.
+void read_token_rows(const Json& value, lora::LoraConfig& config) {
+  const auto ids_of = [](const Json& list) {
+    if (!list.is_array()) fail(ErrorKind::kData, "must be a list of token ids, or an object of such lists, has ", to_line(list).substr(0, 80));
+    std::vector<std::string> ids;
+    for (const Json& id : list) {
+      if (!id.is_number_integer() || id < 0) fail(ErrorKind::kData, "must be a list of token ids, has ", to_line(id).substr(0, 80));
+      ids.push_back(to_line(id));
+    }
+    return ids;
+  };
+  if (value.is_null()) return;
+  if (!value.is_object()) {
+    config.trainable_tokens = ids_of(value);
+    return;
+  }
+  for (const auto& [module, list] : value.items()) {
+    const bool head = module == "lm_head";
+    if (!head && module != "embed_tokens" && module != "model.embed_tokens") fail(ErrorKind::kData, "rows of \"", module, "\" are not implemented; only embed_tokens and lm_head are");
+    if (head) config.trainable_tokens_head = true;
+    else config.trainable_tokens = ids_of(list);
+  }
+  if (config.trainable_tokens.empty()) fail(ErrorKind::kData, to_line(value).substr(0, 80), ": rows of the head alone are not implemented");
+  if (config.trainable_tokens_head && ids_of(value["lm_head"]) != config.trainable_tokens)
+    fail(ErrorKind::kData, to_line(value).substr(0, 80), ": other rows of the head than of the embedding are not implemented");
+}
+
 std::string describe(const std::vector<std::int64_t>& shape) {
   std::string text = "[";
   for (std::size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
@@ -146,6 +173,12 @@ Json module_list(std::vector<std::string> names) {
 std::string tied_head_key(models::Decoder& decoder) {
   if (!decoder.head_tied || !decoder.embedding_VD.requires_grad()) return "";
   return std::string(lora::kPeftPrefix) + decoder.linears().back().path + ".weight";
+}
+
+/// The reverse of read_token_rows.
+Json token_rows_of(const models::Decoder& decoder) {
+  if (decoder.head_tied || !decoder.head.token_rows_ND.defined()) return decoder.token_row_ids;
+  return {{"embed_tokens", decoder.token_row_ids}, {"lm_head", decoder.token_row_ids}};
 }
 
 std::string card(const lora::LoraConfig& config, const std::string& init, const std::string& base_name) {
@@ -219,6 +252,7 @@ lora::LoraConfig read_adapter_config(const std::filesystem::path& folder) {
   read("modules_to_save", [&](const Json& found) { config.modules_to_save = module_names(found, false); });
   read("rank_pattern", [&](const Json& found) { config.rank_pattern = pattern_map<std::int64_t>(found, source + ": rank_pattern"); });
   read("alpha_pattern", [&](const Json& found) { config.alpha_pattern = pattern_map<double>(found, source + ": alpha_pattern"); });
+  read("trainable_token_indices", [&](const Json& found) { read_token_rows(found, config); });
   flag("use_rslora", config.rslora);
   flag("use_dora", config.dora);
   flag("ensure_weight_tying", config.ensure_weight_tying);
@@ -347,8 +381,10 @@ void write_adapter(models::Decoder& decoder, const lora::LoraConfig& trained, co
                {"rank_pattern", Json::object()},
                {"target_modules", module_list(targets)},
                {"task_type", "CAUSAL_LM"},
+               {"trainable_token_indices", token_rows_of(decoder)},
                {"use_dora", config.dora},
                {"use_rslora", config.rslora}};
+  if (decoder.token_row_ids.empty()) json.erase("trainable_token_indices");
   if (!config.ensure_weight_tying) json.erase("ensure_weight_tying");  // readers older than the field would warn about it
   if (config.exclude.empty()) json.erase("exclude_modules");
   else json["exclude_modules"] = module_list(config.exclude);

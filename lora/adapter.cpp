@@ -4,7 +4,10 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/zeros.h>
 
+#include <ATen/ops/tensor.h>
+
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <set>
 
@@ -107,6 +110,49 @@ void LoraConfig::visit(FieldVisitor& fields) {
   fields.field("modules_to_save", modules_to_save, {.help = "modules that are trained and saved whole, such as embed_tokens and lm_head"});
   fields.field("ensure_weight_tying", ensure_weight_tying,
                {.help = "keep a tied head and embedding one tensor where modules_to_save names either; without it they part"});
+  fields.field("trainable_tokens", trainable_tokens,
+               {.help = "tokens whose rows of the embedding are trained, the rest of it frozen: ids, ranges (49152..49200) or texts; a tied head follows"});
+  fields.field("trainable_tokens_head", trainable_tokens_head, {.help = "train these tokens' rows of the head too, where it is not tied"});
+}
+
+namespace {
+
+constexpr std::int64_t kMostRows = 1 << 24;
+
+/// "5" is 5 .. 5, "5..9" is 5 .. 9.
+std::optional<std::pair<std::int64_t, std::int64_t>> range_of(const std::string& entry) {
+  const auto number = [](std::string_view text) -> std::optional<std::int64_t> {
+    std::int64_t value = 0;
+    const auto [stop, problem] = std::from_chars(text.data(), text.data() + text.size(), value);
+    if (problem != std::errc() || stop != text.data() + text.size() || text.empty() || text[0] == '-') return std::nullopt;
+    return value;
+  };
+  const std::size_t dots = entry.find("..");
+  const auto first = number(std::string_view(entry).substr(0, dots)), last = dots == entry.npos ? first : number(std::string_view(entry).substr(dots + 2));
+  if (!first || !last) return std::nullopt;
+  return std::pair(*first, *last);
+}
+
+}  // namespace
+
+bool names_ids(const std::string& entry) { return range_of(entry).has_value(); }
+
+std::vector<std::int64_t> token_ids_of(const std::vector<std::string>& entries, std::int64_t vocabulary_size) {
+  std::vector<std::int64_t> ids;
+  std::set<std::int64_t> seen;
+  for (const std::string& entry : entries) {
+    const auto range = range_of(entry);
+    if (!range) fail(ErrorKind::kUsage, "lora.trainable_tokens: \"", entry, "\" is neither an id nor a range of ids such as 49152..49200");
+    const auto [first, last] = *range;
+    if (first > last) fail(ErrorKind::kUsage, "lora.trainable_tokens: the range ", entry, " is empty");
+    if (last >= vocabulary_size) fail(ErrorKind::kUsage, "lora.trainable_tokens: ", entry, " is outside the model's ", vocabulary_size, " tokens");
+    if (last - first >= kMostRows) fail(ErrorKind::kUsage, "lora.trainable_tokens: ", entry, ": more than ", kMostRows, " rows");
+    for (std::int64_t id = first; id <= last; ++id) {
+      if (!seen.insert(id).second) fail(ErrorKind::kUsage, "lora.trainable_tokens: the id ", id, " is named twice");
+      ids.push_back(id);
+    }
+  }
+  return ids;
 }
 
 AdapterPlan plan_adapters(models::Decoder& decoder, const LoraConfig& config, Unmatched unmatched) {
@@ -208,6 +254,22 @@ AdapterPlan plan_adapters(models::Decoder& decoder, const LoraConfig& config, Un
         problem("lora.targets: ", path, " is no linear layer; ",
                 path == module_of(embedding_name) ? "train it whole with modules_to_save" : "only linear layers can have an adapter");
 
+  try {
+    plan.token_ids = token_ids_of(config.trainable_tokens, decoder.config.vocabulary_size);
+  } catch (const Error& error) {
+    problem(error.what());
+  }
+  plan.token_head = !plan.token_ids.empty() && config.trainable_tokens_head && !decoder.head_tied;
+  if (!plan.token_ids.empty()) {
+    const bool head_has_rows = decoder.head_tied || plan.token_head;
+    if (embedding_saved || plan.keep_tie) problem("lora.trainable_tokens: modules_to_save trains the whole embedding; name one of the two");
+    if (head_saved && head_has_rows) problem("lora.trainable_tokens: modules_to_save trains the whole head, whose rows of these tokens would train too; name one of the two");
+    if (head_has_rows && std::any_of(plan.adapters.begin(), plan.adapters.end(), [&](const PlannedAdapter& adapter) { return adapter.linear == &decoder.head; }))
+      problem("lora.trainable_tokens: ", linears.back().path, " would have an adapter and trained rows; exclude it");
+  } else if (config.trainable_tokens_head) {
+    problem("lora.trainable_tokens_head: lora.trainable_tokens names no tokens");
+  }
+
   std::vector<std::string> leaves;
   for (const models::NamedLinear& linear : linears)
     if (std::find(leaves.begin(), leaves.end(), leaf_of(linear.path)) == leaves.end()) leaves.push_back(leaf_of(linear.path));
@@ -276,6 +338,14 @@ void attach_empty(models::Decoder& decoder, const LoraConfig& config, Unmatched 
   }
 
   for (const models::NamedTensor& tensor : plan.trained_whole) *tensor.tensor = trained_copy(*tensor.tensor);
+  if (!plan.token_ids.empty()) {
+    const auto rows_of = [&](const at::Tensor& table_VD) { return trained_copy(table_VD.index_select(0, at::tensor(plan.token_ids, at::kLong))); };
+    decoder.token_row_ids = plan.token_ids;
+    decoder.token_rows_ND = rows_of(decoder.embedding_VD);
+    if (decoder.head_tied) decoder.head.token_rows_ND = decoder.token_rows_ND;
+    if (plan.token_head) decoder.head.token_rows_ND = rows_of(decoder.head.weight_OI);
+    if (decoder.head.token_rows_ND.defined()) decoder.head.token_row_ids = plan.token_ids;
+  }
   if (!decoder.head_tied) return;
   const bool parted = decoder.head.weight_OI.unsafeGetTensorImpl() != decoder.embedding_VD.unsafeGetTensorImpl();
   if (parted && plan.keep_tie) decoder.head.weight_OI = decoder.embedding_VD;
@@ -292,6 +362,20 @@ void train_everything(models::Decoder& decoder) {
   if (decoder.head_tied) decoder.head.weight_OI = decoder.embedding_VD;
 }
 
+namespace {
+
+/// PEFT's keys of the embedding's rows and of the head's.
+std::vector<std::string> token_row_keys(models::Decoder& decoder) {
+  std::string embedding;
+  for (const models::NamedTensor& tensor : decoder.tensors())
+    if (tensor.tensor == &decoder.embedding_VD) embedding = module_of(tensor.name);
+  std::vector<std::string> keys;
+  for (const std::string& path : {embedding, decoder.linears().back().path}) keys.push_back(std::string(kPeftPrefix) + path + ".token_adapter.trainable_tokens_delta");
+  return keys;
+}
+
+}  // namespace
+
 std::vector<models::NamedTensor> trainable(models::Decoder& decoder) {
   std::vector<models::NamedTensor> found;
   std::vector<models::NamedLinear> linears = decoder.linears();
@@ -306,6 +390,9 @@ std::vector<models::NamedTensor> trainable(models::Decoder& decoder) {
   }
   for (const models::NamedTensor& tensor : decoder.tensors())
     if (tensor.tensor->requires_grad()) found.push_back({prefix + tensor.name, tensor.tensor});
+  const std::vector<std::string> row_keys = token_row_keys(decoder);
+  if (decoder.token_rows_ND.defined()) found.push_back({row_keys.front(), &decoder.token_rows_ND});
+  if (decoder.head.token_rows_ND.defined() && !decoder.head_tied) found.push_back({row_keys.back(), &decoder.head.token_rows_ND});
   return found;
 }
 
@@ -320,6 +407,10 @@ std::vector<std::pair<std::string, std::vector<std::int64_t>>> expected_keys(mod
   }
   for (const models::NamedTensor& tensor : plan.trained_whole) keys.push_back({std::string(kPeftPrefix) + tensor.name, tensor.tensor->sizes().vec()});
   if (plan.keep_tie) keys.push_back({std::string(kPeftPrefix) + decoder.linears().back().path + ".weight", decoder.embedding_VD.sizes().vec()});
+  const std::vector<std::int64_t> rows = {static_cast<std::int64_t>(plan.token_ids.size()), decoder.config.hidden_size};
+  const std::vector<std::string> row_keys = token_row_keys(decoder);
+  if (!plan.token_ids.empty()) keys.push_back({row_keys.front(), rows});
+  if (plan.token_head) keys.push_back({row_keys.back(), rows});
   std::sort(keys.begin(), keys.end());
   return keys;
 }

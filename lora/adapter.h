@@ -40,6 +40,12 @@ struct LoraConfig {
   std::vector<std::string> modules_to_save = {};
   /// Where the head is tied and one of the two is in modules_to_save: train one tensor and keep the tie.
   bool ensure_weight_tying = false;
+  /// Tokens whose rows of the embedding are trained while the rest of it is frozen (PEFT's trainable_token_indices): ids
+  /// ("49152") and ranges of them ("49152..49200"). A run's config may also name tokens by their text, which
+  /// train::with_token_ids turns into ids. A tied head follows the embedding.
+  std::vector<std::string> trainable_tokens = {};
+  /// Where the head is not tied: train these tokens' rows of the head too, apart.
+  bool trainable_tokens_head = false;
 
   void visit(FieldVisitor& fields);
 };
@@ -58,8 +64,15 @@ struct PlannedAdapter {
 struct AdapterPlan {
   std::vector<PlannedAdapter> adapters;            // in the order of decoder.linears()
   std::vector<models::NamedTensor> trained_whole;  // by published name; the head too when it is trained apart from a tied embedding
+  std::vector<std::int64_t> token_ids;             // rows of the embedding that train
+  bool token_head = false;                         // and of the head, which is not tied
   bool keep_tie = false;                           // ensure_weight_tying does apply: the head is the trained embedding
 };
+
+/// The ids that trainable_tokens names, in its order. Error(kUsage): no id or range of ids, outside the vocabulary, twice.
+std::vector<std::int64_t> token_ids_of(const std::vector<std::string>& entries, std::int64_t vocabulary_size);
+/// Whether an entry of trainable_tokens is an id or a range of ids, and not a token's text.
+bool names_ids(const std::string& entry);
 
 /// Error(kUsage) that lists all problems: targets that match nothing with the nearest module names, values out of range.
 AdapterPlan plan_adapters(models::Decoder& decoder, const LoraConfig& config, Unmatched unmatched = Unmatched::kRefused);
@@ -81,7 +94,7 @@ Factors relative_to_base(const at::Tensor& a_RI, const at::Tensor& b_OR, const F
 void train_everything(models::Decoder& decoder);
 
 /// Everything that trains, with the name it is saved under: PEFT's keys for adapters and modules_to_save
-/// ("base_model.model.<path>.lora_A.weight"), the published name for base tensors of a full fine-tune.
+/// ("base_model.model.<path>.lora_A.weight", "...embed_tokens.token_adapter.trainable_tokens_delta"), the published name for base tensors of a full fine-tune.
 /// Each tensor once. Write into a tensor in place (copy_): others may hold the same tensor (a tied head).
 std::vector<models::NamedTensor> trainable(models::Decoder& decoder);
 

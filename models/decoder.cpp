@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "models/decoder.h"
 
-#include <ATen/ops/embedding.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/silu.h>
 
@@ -15,6 +14,7 @@
 #include "models/neftune.h"
 #include "models/norm.h"
 #include "models/rope.h"
+#include "models/token_rows.h"
 
 namespace alambic::models {
 namespace {
@@ -172,7 +172,7 @@ Decoder make_decoder(const ModelConfig& config) {
 
 at::Tensor Decoder::hidden_TD(const Input& input) const {
   check_input(*this, input);
-  at::Tensor h_TD = at::embedding(embedding_VD, input.tokens_T, config.pad_id).to(at::kFloat);
+  at::Tensor h_TD = embedded_TD(embedding_VD, token_rows_ND, token_row_ids, input.tokens_T, config.pad_id);
   if (config.family->scale_embedding) {
     // Gemma multiplies in the embedding's type; in bf16 sqrt(hidden size) is rounded with it.
     const double scale = std::sqrt(static_cast<double>(config.hidden_size));

@@ -63,6 +63,10 @@ struct Decoder {
   bool head_tied = false;  // false after training made the two differ
   bool fused = false;      // set by use_fused_blocks(): passes without a key-value cache take the fused path
   Keep keep = Keep::kAll;
+  /// Rows of the embedding that are trained apart from the frozen rest (models/token_rows.h): f32 [N, D], and which they are.
+  /// A tied head uses the same tensor (head.token_rows_ND); undefined and empty: there are none.
+  at::Tensor token_rows_ND;
+  std::vector<std::int64_t> token_row_ids;
 
   /// Final, normalised hidden states, in the compute type; differentiable where something is trained. The residual stream,
   /// norms, rotation and softmax are f32; nothing is computed backwards below the lowest tensor that trains.

@@ -16,6 +16,7 @@
 #include "core/error.h"
 #include "core/random.h"
 #include "models/product.h"
+#include "models/token_rows.h"
 
 namespace alambic::models {
 namespace {
@@ -205,6 +206,10 @@ at::Tensor Linear::dense_OI(at::ScalarType type) const {
 
 at::Tensor Linear::operator()(const at::Tensor& x_TI, std::uint64_t dropout_seed) const {
   const Maybe bias = if_defined(bias_O), weight = quantized ? Maybe() : Maybe(weight_OI);
+  if (token_rows_ND.defined()) {
+    const Linear plain{.weight_OI = weight_OI, .bias_O = bias_O, .adapter = adapter};
+    return with_token_columns(plain(x_TI, dropout_seed), x_TI, token_rows_ND, token_row_ids, bias_O);
+  }
   const Quantized frozen{.weight = quantized, .type = quantized_compute};
   if (!adapter) return AdaptedLinear::apply(x_TI, weight, bias, Maybe(), Maybe(), Maybe(), frozen, 1.0, 0.0, std::uint64_t{0});
   const double dropout = dropout_seed == 0 ? 0 : adapter->dropout;

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "models/frozen_weight.h"
 
@@ -38,6 +39,9 @@ struct Linear {
   std::optional<Adapter> adapter;
   std::shared_ptr<const FrozenWeight> quantized = {};  // W, where weight_OI is undefined
   at::ScalarType quantized_compute = at::kFloat;  // the compute type of a quantised W: f32 or bf16
+  /// Of a head whose rows for these tokens are trained apart (models/token_rows.h); undefined and empty elsewhere. f32 [N, I].
+  at::Tensor token_rows_ND = {};
+  std::vector<std::int64_t> token_row_ids = {};
 
   /// x_TI in f32 or the compute type; the result has the compute type. dropout_seed: 0 = evaluating, no dropout.
   at::Tensor operator()(const at::Tensor& x_TI, std::uint64_t dropout_seed) const;

@@ -78,7 +78,7 @@ void for_rows(at::Tensor& logits_KV, const at::Tensor& targets_K, double* nats, 
 
 // Whether the tiled path computes this head: it makes no gradient of the head itself.
 bool takes_tiles(const models::Linear& head) {
-  return head.weight_OI.is_cpu() && head.weight_OI.scalar_type() == at::kFloat && !head.weight_OI.requires_grad() && !head.adapter && !head.bias_O.defined();
+  return head.weight_OI.is_cpu() && head.weight_OI.scalar_type() == at::kFloat && !head.weight_OI.requires_grad() && !head.adapter && !head.bias_O.defined() && !head.token_rows_ND.defined();
 }
 
 // Nats of the kept rows, and their gradient in the rows of d_hidden_TD where that is defined.
@@ -138,6 +138,7 @@ at::Tensor head_loss_sum(const at::Tensor& hidden_TD, const models::Linear& head
   };
   add_trained(head.weight_OI);
   add_trained(head.bias_O);
+  add_trained(head.token_rows_ND);
   if (head.adapter) add_trained(head.adapter->a_RI), add_trained(head.adapter->b_OR), add_trained(head.adapter->magnitude_O);
   const bool differentiable = at::GradMode::is_enabled() && (inputs.size() > 1 || hidden_TD.requires_grad());
   variable_list gradients(inputs.size());
@@ -147,7 +148,7 @@ at::Tensor head_loss_sum(const at::Tensor& hidden_TD, const models::Linear& head
     if (sum.defined()) sum.add_(part);
     else sum = part.to(at::kFloat);
   };
-  const bool plain = !head.adapter && !head.bias_O.defined();
+  const bool plain = !head.adapter && !head.bias_O.defined() && !head.token_rows_ND.defined();
   for (std::int64_t begin = 0; begin < num_kept; begin += rows) {
     const std::int64_t count = std::min(rows, num_kept - begin);
     const at::Tensor index = index_K.narrow(0, begin, count), h_KD = hidden.index_select(0, index).to(head.weight_OI.scalar_type());
@@ -164,7 +165,7 @@ at::Tensor head_loss_sum(const at::Tensor& hidden_TD, const models::Linear& head
       if (!differentiable) continue;
       if (hidden_TD.requires_grad()) gradients[0].index_copy_(0, index, models::product(all_KV, weight_VD).narrow(0, 0, count).to(hidden.scalar_type()));
       if (inputs.size() > 1) add_to(gradients[1], models::product(all_KV.t(), rounded_KD));
-    } else {  // an adapter or a bias on the head: the Linear's own backward, on this chunk alone
+    } else {  // an adapter, a bias or trained rows on the head: the Linear's own backward, on this chunk alone
       const at::AutoGradMode grad(differentiable);
       const at::Tensor leaf_KD = h_KD.detach().requires_grad_(differentiable), logits = head(leaf_KD, seed);
       at::Tensor d_logits_KV = logits.detach().clone();  // the loss overwrites it, and autograd still needs what it saved

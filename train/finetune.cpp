@@ -15,8 +15,9 @@
 
 namespace alambic::train {
 
-TrainReport finetune(const TrainConfig& config, bool resume, const std::function<bool()>& stop_requested) {
-  check(config);
+TrainReport finetune(const TrainConfig& given, bool resume, const std::function<bool()>& stop_requested) {
+  check(given);
+  const TrainConfig config = with_token_ids(given);
   use_threads(config);
   const RunFolder held(config.output);
   require_new_or_resumed(config, resume);

@@ -38,7 +38,8 @@ std::string note_on_output(const std::filesystem::path& output) {
 
 }  // namespace
 
-Json plan(const TrainConfig& config, bool probe) {
+Json plan(const TrainConfig& given, bool probe) {
+  const TrainConfig config = with_token_ids(given);
   use_threads(config);
   const Inputs inputs = open_inputs(config);
   const std::string note = note_on_output(config.output);

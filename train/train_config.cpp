@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "train/train_config.h"
 
+#include <optional>
 #include <set>
 
 #include "core/error.h"
+#include "data/tokenizer.h"
 #include "models/decoder.h"
 
 namespace alambic::train {
@@ -133,6 +135,21 @@ void check(const TrainConfig& config) {
   if (optimizer.kind != "muon" && (optimizer.muon_momentum != defaults.muon_momentum || optimizer.muon_rate != defaults.muon_rate))
     problem("optimizer: only kind: muon reads muon_momentum and muon_rate");
   if (!problems.empty()) fail(ErrorKind::kUsage, problems);
+}
+
+TrainConfig with_token_ids(const TrainConfig& config) {
+  TrainConfig resolved = config;
+  std::optional<data::Tokenizer> tokenizer;
+  std::string problems;
+  for (std::string& entry : resolved.lora.trainable_tokens) {
+    if (lora::names_ids(entry)) continue;
+    if (!tokenizer) tokenizer = data::Tokenizer::from_file(config.model);
+    const std::optional<std::uint32_t> id = tokenizer->id_of(entry);
+    if (id) entry = std::to_string(*id);
+    else problems += (problems.empty() ? "" : "\n") + ("lora.trainable_tokens: the tokenizer of " + config.model.string() + " has no token " + to_line(Json(entry)));
+  }
+  if (!problems.empty()) fail(ErrorKind::kUsage, problems, Remedy{"alambic extend adds tokens to a model"});
+  return resolved;
 }
 
 data::StreamConfig stream_config(const TrainConfig& config) {

@@ -108,6 +108,9 @@ struct TrainConfig {
 /// What field ranges cannot say: contradictions between fields. Error(kUsage) listing all of them at once.
 void check(const TrainConfig& config);
 
+/// The config with the texts of lora.trainable_tokens as ids, by the model's tokenizer. Error(kUsage): a text that is no token.
+TrainConfig with_token_ids(const TrainConfig& config);
+
 data::StreamConfig stream_config(const TrainConfig& config);
 at::ScalarType compute_type_of(const TrainConfig& config);
 

@@ -142,7 +142,7 @@ constexpr const char* kB = "base_model.model.model.layers.0.self_attn.q_proj.lor
 TEST(PeftConfig, RefusesByNameWhatIsNotImplemented) {
   const std::map<std::string, Json> others = {
       {"bias", "all"}, {"fan_in_fan_out", true}, {"layers_to_transform", {0}}, {"layers_pattern", "layers"}, {"layer_replication", Json::array({{0, 1}})},
-      {"init_lora_weights", "loftq"}, {"use_qalora", true}, {"lora_bias", true}, {"trainable_token_indices", {1, 2}}, {"target_parameters", {"x"}},
+      {"init_lora_weights", "loftq"}, {"use_qalora", true}, {"lora_bias", true}, {"trainable_token_indices", {{"wte", {1, 2}}}}, {"target_parameters", {"x"}},
       {"alora_invocation_tokens", {1}}, {"loftq_config", {{"loftq_bits", 4}}}, {"peft_type", "IA3"}, {"task_type", "SEQ_CLS"}, {"use_bdlora", {{"nblocks", 2}}},
       {"kasa_config", {{"x", 1}}}, {"megatron_config", {{"x", 1}}}, {"velora_config", {{"x", 1}}}, {"monteclora_config", {{"x", 1}}}, {"arrow_config", {{"x", 1}}},
       {"corda_config", {{"x", 1}}}, {"eva_config", {{"x", 1}}}, {"lora_ga_config", {{"x", 1}}}, {"qalora_group_size", 8}, {"a_field_of_tomorrow", 1},

@@ -65,6 +65,9 @@ const Method kMethods[] = {
     {"Neftune", "llama_tied", [](TrainConfig& config) { config.neftune_alpha = 5; }, {}, true},
     {"FullMuon", "llama_tied", [](TrainConfig& config) { config.method = "full", config.optimizer.kind = "muon"; }, {kEmbedding, "model.norm.weight"}, true},
     {"FullAdafactor", "llama_untied", [](TrainConfig& config) { config.method = "full", config.optimizer.kind = "adafactor", config.optimizer.embedding_lr_ratio = 0.5; }, {kHead, kEmbedding}},
+    {"TokenRows", "llama_tied", [](TrainConfig& config) { config.lora.trainable_tokens = {"3", "10..20"}; }, {kEmbedding}, true},
+    {"TokenRowsBf16", "llama_tied", [](TrainConfig& config) { config.lora.trainable_tokens = {"3", "10..20"}, config.compute_type = "bf16"; }, {kEmbedding}, true},
+    {"TokenRowsOfBoth", "llama_untied", [](TrainConfig& config) { config.lora.trainable_tokens = {"3", "10..20"}, config.lora.trainable_tokens_head = true; }, {kHead, kEmbedding}},
     {"Full", "llama_tied", [](TrainConfig& config) { config.method = "full"; }, {kEmbedding, "model.norm.weight"}, true},
     {"FullUntied", "llama_untied", [](TrainConfig& config) { config.method = "full"; }, {kHead, kEmbedding, "model.norm.weight"}},
 };
