@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "checkpoints/hf_folder.h"
 
-#include <ATen/ops/equal.h>
-
 #include <algorithm>
 #include <array>
 #include <cstdio>
 #include <map>
 #include <set>
 
+#include "checkpoints/base_weights.h"
 #include "checkpoints/safetensors.h"
 #include "core/error.h"
 #include "core/files.h"
@@ -20,12 +19,6 @@ namespace {
 
 constexpr const char* kSingleFile = "model.safetensors";
 constexpr const char* kIndexFile = "model.safetensors.index.json";
-constexpr const char* kHeadName = "lm_head.weight";
-constexpr const char* kEmbeddingName = "model.embed_tokens.weight";
-
-// Rotary frequencies that old transformers versions saved; they follow from config.json and are computed anew.
-bool is_harmless_leftover(std::string_view name) { return name.ends_with("rotary_emb.inv_freq"); }
-
 bool is_bare_file_name(const std::string& name) {
   return !name.empty() && name != "." && name != ".." && name.find('/') == std::string::npos && name.find('\0') == std::string::npos;
 }
@@ -153,6 +146,7 @@ at::ScalarType FolderTensors::type(const std::string& name) const { return state
 std::vector<std::int64_t> FolderTensors::shape(const std::string& name) const { return state_->file_of(name).entries().at(name).shape; }
 at::Tensor FolderTensors::tensor(const std::string& name) const { return state_->file_of(name).tensor(name); }
 at::Tensor FolderTensors::tensor_as(const std::string& name, at::ScalarType type) const { return state_->file_of(name).tensor_as(name, type); }
+void FolderTensors::release(const std::string& name) const { state_->file_of(name).release(name); }
 std::uint64_t FolderTensors::num_bytes() const { return state_->num_bytes; }
 
 std::string FolderTensors::hash() const {
@@ -165,75 +159,30 @@ std::string FolderTensors::hash() const {
 
 std::string base_hash(const fs::path& folder) { return FolderTensors(folder).hash(); }
 
-namespace {
-
-/// True when the head is the embedding. config.json's word is taken, except where the stored values contradict it.
-bool head_is_tied(const models::ModelConfig& config, const FolderTensors& tensors, const fs::path& folder) {
-  if (!config.tied_head || !tensors.contains(kHeadName) || !tensors.contains(kEmbeddingName)) return config.tied_head;
-  if (tensors.type(kHeadName) == tensors.type(kEmbeddingName) && tensors.shape(kHeadName) == tensors.shape(kEmbeddingName) &&
-      at::equal(tensors.tensor(kHeadName), tensors.tensor(kEmbeddingName)))
-    return true;
-  log_warning(folder.string(), ": config.json ties the head to the embedding, but ", kHeadName, " is stored with other values; it is used as a head of its own");
-  return false;
-}
-
-std::string shape_text(const std::vector<std::int64_t>& shape) { return to_line(Json(shape)); }
-
-/// Fails with all of what is missing, unclaimed or misshapen; returns when every tensor expected is there, and no other.
-void check_tensors(const std::vector<std::pair<std::string, std::vector<std::int64_t>>>& expected, bool tied, const FolderTensors& tensors,
-                   const fs::path& folder) {
-  constexpr std::size_t kMostSuggestions = 20;  // finding near names is quadratic
-  std::set<std::string> wanted;
-  for (const auto& [name, shape] : expected) wanted.insert(name);
-  std::vector<std::string> unclaimed;
-  for (const std::string& name : tensors.names())
-    if (!wanted.contains(name) && !is_harmless_leftover(name) && !(tied && name == kHeadName)) unclaimed.push_back(name);
-
-  std::vector<std::string> problems;
-  for (const auto& [name, shape] : expected) {
-    if (!tensors.contains(name)) {
-      const std::string near = problems.size() < kMostSuggestions ? nearest_name(name, unclaimed) : "";
-      problems.push_back("missing \"" + name + "\" " + shape_text(shape) + (near.empty() ? "" : " (did you mean \"" + near + "\"?)"));
-    } else if (tensors.shape(name) != shape) {
-      problems.push_back("\"" + name + "\" has shape " + shape_text(tensors.shape(name)) + ", config.json asks for " + shape_text(shape));
-    } else if (!at::isFloatingType(tensors.type(name))) {
-      problems.push_back("\"" + name + "\" is stored as " + toString(tensors.type(name)) + ", which is no weight");
-    }
-  }
-  const std::vector<std::string> known(wanted.begin(), wanted.end());
-  for (const std::string& name : unclaimed) {
-    const std::string near = problems.size() < kMostSuggestions ? nearest_name(name, known) : "";
-    problems.push_back("unclaimed \"" + name + "\" " + shape_text(tensors.shape(name)) + (near.empty() ? "" : " (the nearest known name is \"" + near + "\")"));
-  }
-  if (!problems.empty())
-    fail(ErrorKind::kData, folder.string(), ": config.json and the weights disagree in ", problems.size(), problems.size() == 1 ? " place: " : " places: ",
-         joined(problems), Remedy{"config.json and weights must come from one version of one model"});
-}
-
-}  // namespace
-
-models::Decoder load_decoder(const fs::path& folder, at::ScalarType compute_type) {
-  const FolderTensors tensors(folder);
-  models::ModelConfig config = models::read_model_config(folder);
-  if (config.tied_head && !head_is_tied(config, tensors, folder)) {
-    config.tied_head = false;
-    config.source["tie_word_embeddings"] = false;
-  }
-  check_tensors(models::expected_shapes(config), config.tied_head, tensors, folder);
-
-  models::Decoder decoder = models::make_decoder(config);
+models::Decoder load_decoder(const fs::path& folder, at::ScalarType compute_type, const lora::BaseQuantization& quantization) {
+  const BaseWeights weights(folder, quantization);
+  models::Decoder decoder = models::make_decoder(weights.config());
   std::set<const at::Tensor*> norms{&decoder.final_norm_D};
+  std::map<const at::Tensor*, models::Linear*> linears;
   for (const models::Block& block : decoder.blocks)
     for (const auto& [slot, norm] : block.norms) norms.insert(&norm);
+  for (const models::NamedLinear& named : decoder.linears())
+    if (named.layer >= 0) linears.emplace(&named.linear->weight_OI, named.linear);
   for (const models::NamedTensor& named : decoder.tensors()) {
-    *named.tensor = tensors.tensor_as(named.name, norms.contains(named.tensor) ? at::kFloat : compute_type);
+    const auto linear = linears.find(named.tensor);
+    if (std::shared_ptr<const models::FrozenWeight> frozen = weights.frozen(named.name); frozen && linear != linears.end()) {
+      linear->second->quantized = std::move(frozen);
+      linear->second->quantized_compute = compute_type;
+      continue;
+    }
+    const at::ScalarType type = norms.contains(named.tensor) ? at::kFloat : compute_type;
+    *named.tensor = weights.is_quantized(named.name) ? weights.tensor(named.name).to(type) : weights.tensors().tensor_as(named.name, type);
     // After the conversion, which can itself overflow; the values are still in the processor's cache then.
     if (const std::int64_t bad = first_non_finite(*named.tensor); bad >= 0)
       fail(ErrorKind::kData, folder.string(), ": tensor \"", named.name, "\" is not finite at element ", bad, " as ", toString(named.tensor->scalar_type()),
            Remedy{"these weights are damaged: fetch them again"});
   }
-  if (config.tied_head) decoder.head.weight_OI = decoder.embedding_VD;
-  decoder.head_tied = config.tied_head;
+  if (decoder.head_tied) decoder.head.weight_OI = decoder.embedding_VD;
   return decoder;
 }
 
@@ -298,6 +247,7 @@ void describe_weights(const fs::path& folder, at::ScalarType weights, bool head_
   const Json before = config;
   const char* const key = config.contains("dtype") ? "dtype" : "torch_dtype";  // the newer name where the base uses it; both are read
   config[key] = config_name_of(weights);
+  config.erase("quantization_config");  // of a quantised base: what is written is dense
   if (was_tied != head_tied) config["tie_word_embeddings"] = head_tied;
   if (config != before) write_file(folder / "config.json", config.dump(2) + "\n");
 }

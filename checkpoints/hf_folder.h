@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "lora/quantize.h"
 #include "models/decoder.h"
 
 namespace alambic::checkpoints {
@@ -35,6 +36,7 @@ class FolderTensors {
   bool contains(const std::string& name) const;
   at::Tensor tensor(const std::string& name) const;                     // SafetensorsFile::tensor
   at::Tensor tensor_as(const std::string& name, at::ScalarType type) const;  // SafetensorsFile::tensor_as
+  void release(const std::string& name) const;                          // SafetensorsFile::release
   std::uint64_t num_bytes() const;                                      // of all weight files
   /// SHA-256 over the sorted (file name, SHA-256 of the file) pairs of config.json and the weight files: the identity of a
   /// base model, wherever its folder lies.
@@ -50,7 +52,9 @@ class FolderTensors {
 /// Error(kData) lists every missing, unclaimed or misshapen tensor with the nearest names; weights that are not finite are
 /// refused. A head that config.json calls tied but that is stored with other values is kept as its own tensor, with a
 /// warning, and config.tied_head and config.source then say so.
-models::Decoder load_decoder(const std::filesystem::path& folder, at::ScalarType compute_type);
+/// The blocks' linear layers are quantised as asked, one after the other, so that the dense model is never in memory; those of
+/// a folder that bitsandbytes quantised are taken as they are (Error(kUsage): something else is asked for).
+models::Decoder load_decoder(const std::filesystem::path& folder, at::ScalarType compute_type, const lora::BaseQuantization& quantization = {});
 
 /// FolderTensors::hash of `folder`, computed by reading the files once.
 std::string base_hash(const std::filesystem::path& folder);

@@ -11,6 +11,7 @@
 #include <map>
 #include <set>
 
+#include "checkpoints/base_weights.h"
 #include "checkpoints/hf_folder.h"
 #include "checkpoints/licence.h"
 #include "checkpoints/manifest.h"
@@ -37,15 +38,15 @@ struct WeightType {
 };
 constexpr WeightType kTypes[] = {{"f32", at::kFloat}, {"bf16", at::kBFloat16}, {"f16", at::kHalf}};
 
-/// The type asked for, or the one type all tensors of the base are stored in; f32 where it mixes types, which loses nothing.
-const WeightType& weight_type(const MergeConfig& config, const FolderTensors& base) {
+/// The type asked for, or the one type all tensors of the base are stored in that are not quantised; f32 where it mixes types,
+/// which loses nothing.
+const WeightType& weight_type(const MergeConfig& config, const BaseWeights& base) {
   if (config.weights != "auto") {
     for (const WeightType& type : kTypes)
       if (config.weights == type.name) return type;
     fail(ErrorKind::kUsage, "weights: \"", config.weights, "\" must be auto, f32, bf16 or f16");
   }
-  std::set<at::ScalarType> stored;
-  for (const std::string& name : base.names()) stored.insert(base.type(name));
+  const std::set<at::ScalarType> stored = base.dense_types();
   for (const WeightType& type : kTypes)
     if (stored == std::set<at::ScalarType>{type.type}) return type;
   return kTypes[0];
@@ -71,6 +72,8 @@ void note_tensors(models::Decoder& decoder, Changes& changes) {
     changes.names.push_back(tensor.name);
     if (tensor.tensor == &decoder.embedding_VD) changes.embedding = tensor.name;
   }
+  for (const models::NamedLinear& linear : decoder.linears())
+    if (linear.linear->quantized) changes.names.push_back(linear.path + ".weight");
   std::sort(changes.names.begin(), changes.names.end());
 }
 
@@ -129,8 +132,8 @@ Changes load_finetuned_changes(models::Decoder& decoder, const MergeConfig& conf
   return changes;
 }
 
-/// One tensor of the merged model; f32 where something was added to it, else as it is stored.
-at::Tensor merged_tensor(const std::string& name, const Changes& changes, const FolderTensors& base) {
+/// One tensor of the merged model; f32 where something was added to it or the base is quantised, else as it is stored.
+at::Tensor merged_tensor(const std::string& name, const Changes& changes, const BaseWeights& base) {
   if (const auto found = changes.replaced.find(name); found != changes.replaced.end()) return found->second;
   // A head that parted from its embedding without being trained itself is what the embedding was.
   const at::Tensor stored = base.tensor(name == changes.head && !base.contains(name) ? changes.embedding : name);
@@ -233,6 +236,7 @@ CardInfo card_of(const MergeConfig& config, const Json& run, const std::string& 
                 {"KL(trained || this), nats a token", figure(report.kl)},
                 {"KL(trained || base), nats a token", figure(report.kl_of_base)},
                 {"tensors read from training, each used once", std::to_string(report.num_adapter_tensors)},
+                {"merged onto", report.base_format == "none" ? "the base's own weights, in f32" : "the base's weights quantised (" + report.base_format + ") and made dense again in f32, as they were trained on"},
                 {"weights stored as", report.weights},
                 {"head and embedding", report.head_tied ? "one tensor" : "two tensors"}};
   return card;
@@ -285,6 +289,7 @@ MergeReport report_of(const Json& json, const fs::path& output, const std::strin
   report.already_done = true;
   report.relation = require<std::string>(json, "relation", source);
   report.weights = require<std::string>(json, "weights", source);
+  report.base_format = value_or<std::string>(json, "base_format", "none", source);
   report.num_tensors = require<std::int64_t>(json, "tensors", source);
   report.num_changed = require<std::int64_t>(json, "changed_tensors", source);
   report.num_adapter_tensors = require<std::int64_t>(json, "adapter_tensors", source);
@@ -303,7 +308,7 @@ MergeReport report_of(const Json& json, const fs::path& output, const std::strin
 }  // namespace
 
 Json MergeReport::json() const {
-  return {{"output", output.string()}, {"already_done", already_done}, {"relation", relation}, {"weights", weights},
+  return {{"output", output.string()}, {"already_done", already_done}, {"relation", relation}, {"weights", weights}, {"base_format", base_format},
           {"tensors", num_tensors}, {"changed_tensors", num_changed}, {"adapter_tensors", num_adapter_tensors},
           {"bytes", num_bytes}, {"seconds", seconds}, {"megabytes_per_second", megabytes_per_second()}, {"head_tied", head_tied},
           {"probe", {{"tokens", probe_tokens}, {"largest_difference", largest_difference}, {"largest_logit", largest_logit}, {"kl", kl}, {"kl_of_base", kl_of_base}}},
@@ -319,9 +324,13 @@ MergeReport merge_folder(const MergeConfig& given) {
   if (!fs::is_directory(config.adapter)) fail(ErrorKind::kData, config.adapter.string(), ": no such folder");
   const bool is_adapter = fs::exists(config.adapter / "adapter_config.json");
 
-  const FolderTensors base(config.base);
+  // An adapter learnt what is missing from the base as it saw it: de-quantised values, where it was quantised.
+  const lora::BaseQuantization quantization = is_adapter ? adapter_quantization(config.adapter) : lora::BaseQuantization{};
+  const BaseWeights base(config.base, quantization);
+  if (!is_adapter && base.stored_format() != "none")
+    fail(ErrorKind::kData, config.base.string(), ": is quantised (", base.stored_format(), "), so ", config.adapter.string(), " cannot be a full fine-tune of it", Remedy{"name the dense base"});
   const WeightType& type = weight_type(config, base);
-  const std::string hash = base.hash();
+  const std::string hash = base.tensors().hash();
   const fs::path run_folder = run_of(config);
   const std::string run_source = (run_folder / "report.json").string();
   Json run = run_folder.empty() ? Json() : read_json_file(run_folder / "report.json");
@@ -337,6 +346,7 @@ MergeReport merge_folder(const MergeConfig& given) {
   MergeReport report;
   report.output = config.output;
   report.weights = type.name;
+  report.base_format = base.trained_format();
   const Json inputs = {{"alambic", alambic_version()}, {"base", hash}, {"base_files", hash_of_files(config.base, false)}, {"adapter", hash_of_files(config.adapter, true)},
                        {"report", run.is_object() ? sha256_of_file(run_folder / "report.json") : ""}, {"weights", type.name},
                        {"max_shard_megabytes", config.max_shard_megabytes}, {"name", config.name}, {"base_name", config.base_name}};
@@ -352,7 +362,7 @@ MergeReport merge_folder(const MergeConfig& given) {
   }
 
   // What must come out: logits of base + adapter, in f32.
-  models::Decoder decoder = load_decoder(config.base, at::kFloat);
+  models::Decoder decoder = load_decoder(config.base, at::kFloat, quantization);
   const bool base_tied = models::read_model_config(config.base).tied_head;
   const Probe probe = make_probe(config.base, decoder.config.vocabulary_size, config.probe_text.empty() ? kProbeText : config.probe_text);
   const at::Tensor base_TV = probe_logits(decoder, probe);

@@ -45,6 +45,7 @@ struct MergeReport {
   bool already_done = false;      // the same merge was there, whole; nothing was written
   std::string relation;           // merge or finetune
   std::string weights;            // f32, bf16, f16
+  std::string base_format = "none";  // nf4, nf4-single, int8: the base was quantised so while it was trained on
   std::int64_t num_tensors = 0, num_changed = 0, num_adapter_tensors = 0;
   std::uint64_t num_bytes = 0;    // of the weights written
   double seconds = 0;             // reading, merging and writing them
@@ -59,6 +60,9 @@ struct MergeReport {
   Json json() const;
 };
 
+/// An adapter that was trained on a quantised base is merged, in f32, onto the de-quantised values it was trained on: those of
+/// the folder where that is quantised, else the base is quantised in the same way again (adapter_quantization). All weights
+/// written are dense.
 /// Streams tensor by tensor: the base is mapped, one shard at most is in memory besides the adapter and, for the proof, one
 /// decoder in f32. Error(kUsage): the output exists and is not this very merge; contradictory config. Error(kData): the
 /// adapter does not fit the base, or an input is damaged. Error(kResource): not enough disk. Error(kNumerics): the proof

@@ -181,7 +181,7 @@ Json token_rows_of(const models::Decoder& decoder) {
   return {{"embed_tokens", decoder.token_row_ids}, {"lm_head", decoder.token_row_ids}};
 }
 
-std::string card(const lora::LoraConfig& config, const std::string& init, const std::string& base_name) {
+std::string card(const lora::LoraConfig& config, const std::string& init, const std::string& base_name, const lora::BaseQuantization& quantization) {
   std::ostringstream text;
   // A path of this machine says nothing to others: only its last part is named.
   const std::string name = base_name.find('/') == std::string::npos || !std::filesystem::path(base_name).is_absolute()
@@ -191,7 +191,11 @@ std::string card(const lora::LoraConfig& config, const std::string& init, const 
   if (!name.empty()) text << "base_model: " << Json(name).dump() << "\n";
   text << "tags:\n- lora\n- alambic\n---\n\n# Adapter" << (name.empty() ? "" : " for " + name) << "\n\n"
        << (config.dora ? "DoRA" : config.rslora ? "rank-stabilised LoRA" : "LoRA") << " of rank " << config.rank << ", alpha " << config.alpha
-       << (init == "kaiming" ? "" : ", started as " + init) << ", in PEFT's format. Its licence follows from the base model's and the training data's.\n\n"
+       << (init == "kaiming" ? "" : ", started as " + init) << ", in PEFT's format. Its licence follows from the base model's and the training data's.\n\n";
+  if (quantization.is_on())
+    text << "It was trained on the base quantised as " << lora::name_of(quantization) << (quantization.format == "nf4" ? " (blocks of 64, as bitsandbytes does it)" : "")
+         << "; on the dense base it fits less well. `alambic merge` takes this into account.\n\n";
+  text
        << "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
        << "model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), ADAPTER)\n```\n";
   return text.str();
@@ -262,6 +266,14 @@ lora::LoraConfig read_adapter_config(const std::filesystem::path& folder) {
   return config;
 }
 
+lora::BaseQuantization adapter_quantization(const std::filesystem::path& folder) {
+  const std::filesystem::path path = file_of_folder(folder, kWeightsFile);
+  if (path.empty()) return {};  // load_adapter says what is wrong
+  const SafetensorsFile file(path);
+  const auto found = file.metadata().find(kBaseQuantizationKey);
+  return found == file.metadata().end() ? lora::BaseQuantization{} : lora::quantization_of_name(found->second, path.string());
+}
+
 lora::LoraConfig load_adapter(models::Decoder& decoder, const std::filesystem::path& folder, const std::string& base_hash) {
   const lora::LoraConfig config = read_adapter_config(folder);
   const std::filesystem::path path = file_of_folder(folder, kWeightsFile);
@@ -273,6 +285,14 @@ lora::LoraConfig load_adapter(models::Decoder& decoder, const std::filesystem::p
   if (const auto found = file.metadata().find(kBaseHashKey); found != file.metadata().end() && !base_hash.empty() && found->second != base_hash)
     fail(ErrorKind::kData, path.string(), ": was trained on another base: SHA-256 ", found->second, ", this base has ", base_hash,
          Remedy{"name the base model the adapter was trained on"});
+  if (const lora::BaseQuantization quantization = adapter_quantization(folder); quantization.is_on()) {
+    std::string format = "none";
+    for (const models::NamedLinear& linear : decoder.linears())
+      if (linear.linear->quantized) format = linear.linear->quantized->format();
+    if (format != quantization.format)
+      fail(ErrorKind::kUsage, path.string(), ": was trained on a base quantised as ", lora::name_of(quantization), ", this one is ", format == "none" ? "not quantised" : "quantised as " + format,
+           Remedy{"quantise the base the same way: quantize_base: " + quantization.format});
+  }
 
   lora::AdapterPlan plan;
   try {
@@ -284,7 +304,7 @@ lora::LoraConfig load_adapter(models::Decoder& decoder, const std::filesystem::p
   std::vector<std::string> problems, names;
   std::map<std::string, at::Tensor> base_of_copy;  // key of a copied base weight -> what it must equal
   for (const lora::PlannedAdapter& adapter : plan.adapters)
-    base_of_copy[std::string(lora::kPeftPrefix) + adapter.path + ".base_layer.weight"] = adapter.linear->weight_OI;
+    if (!adapter.linear->quantized) base_of_copy[std::string(lora::kPeftPrefix) + adapter.path + ".base_layer.weight"] = adapter.linear->weight_OI;
   for (const auto& [key, shape] : expected) names.push_back(key);
 
   for (const auto& [key, shape] : expected) {
@@ -340,7 +360,7 @@ lora::LoraConfig load_adapter(models::Decoder& decoder, const std::filesystem::p
 }
 
 void write_adapter(models::Decoder& decoder, const lora::LoraConfig& trained, const std::string& base_name, const std::filesystem::path& folder,
-                   const std::string& base_hash) {
+                   const std::string& base_hash, const lora::BaseQuantization& quantization) {
   const lora::LoraConfig config = lora::relative_to_base(trained);
   std::map<const at::Tensor*, at::Tensor> ordinary;  // by the trained tensor whose place they take
   for (const models::NamedLinear& linear : decoder.linears()) {
@@ -395,8 +415,9 @@ void write_adapter(models::Decoder& decoder, const lora::LoraConfig& trained, co
   std::filesystem::create_directories(folder);
   std::map<std::string, std::string> metadata = {{"format", "pt"}};
   if (!base_hash.empty()) metadata[kBaseHashKey] = base_hash;
+  if (quantization.is_on()) metadata[kBaseQuantizationKey] = lora::name_of(quantization);
   write_safetensors(folder / kWeightsFile, tensors, metadata);
-  write_file(folder / "README.md", card(config, trained.init, base_name));
+  write_file(folder / "README.md", card(config, trained.init, base_name, quantization));
   write_file(folder / kConfigFile, json.dump(2) + "\n");
 }
 

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "lora/adapter.h"
+#include "lora/quantize.h"
 
 namespace alambic::checkpoints {
 
@@ -19,18 +20,25 @@ lora::LoraConfig read_adapter_config(const std::filesystem::path& folder);
 /// Error(kData) lists the missing, unexpected, misshapen and non-finite ones, before anything is allocated for them.
 /// Where the folder names the base it was trained on by its hash (write_adapter) and base_hash is given and another, that
 /// is Error(kData) too. A copy of an adapted base weight, which PEFT writes beside an adapter on the head, must equal the
-/// decoder's own. Returns the config. An adapter that PEFT started as pissa or olora, and saved without its conversion, becomes an
+/// decoder's own. An adapter that was trained on a quantised base (adapter_quantization) is refused on a dense one: Error(kUsage).
+/// Returns the config. An adapter that PEFT started as pissa or olora, and saved without its conversion, becomes an
 /// ordinary one of twice the rank (lora::relative_to_base), in the decoder and in the config.
 lora::LoraConfig load_adapter(models::Decoder& decoder, const std::filesystem::path& folder, const std::string& base_hash = "");
 
 /// Writes the adapter (and modules_to_save) of a decoder, with a card; the folder is made if need be, and files of these
 /// names in it are replaced. base_name goes into base_model_name_or_path and the card; base_hash (FolderTensors::hash)
-/// into the file's metadata, which PEFT ignores. One that took a part of the base out (PiSSA, OLoRA) is written relative to the base
+/// and quantization into the file's metadata, which PEFT ignores. One that took a part of the base out (PiSSA, OLoRA) is written relative to the base
 /// as it was published, as an ordinary adapter of twice the rank: who reads it needs nothing but that base. Error(kNumerics) names the first value that is not finite.
 void write_adapter(models::Decoder& decoder, const lora::LoraConfig& trained, const std::string& base_name, const std::filesystem::path& folder,
-                   const std::string& base_hash = "");
+                   const std::string& base_hash = "", const lora::BaseQuantization& quantization = {});
+
+/// How the base was quantised when the folder's adapter was trained by alambic: what load_decoder must be asked for, so that
+/// the adapter meets the base that it learnt on. Off where the file does not tell.
+lora::BaseQuantization adapter_quantization(const std::filesystem::path& folder);
 
 /// Metadata key of an adapter file that holds the base's hash.
 inline constexpr const char* kBaseHashKey = "alambic.base_sha256";
+/// And the one that holds lora::name_of(quantization); absent where the base was not quantised by the run.
+inline constexpr const char* kBaseQuantizationKey = "alambic.base_quantization";
 
 }  // namespace alambic::checkpoints

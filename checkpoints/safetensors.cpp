@@ -100,10 +100,14 @@ at::Tensor SafetensorsFile::tensor_as(const std::string& name, at::ScalarType ty
   const at::Tensor stored = tensor(name);
   if (stored.scalar_type() == type) return stored;
   at::Tensor converted = stored.to(type);
+  release(name);
+  return converted;
+}
+
+void SafetensorsFile::release(const std::string& name) const {
   const TensorEntry& entry = state_->entries.at(name);
   const std::size_t data_begin = static_cast<std::size_t>(state_->data - state_->file.bytes().data());
   state_->file.release(data_begin + entry.begin, data_begin + entry.end);
-  return converted;
 }
 
 std::string write_safetensors(const std::filesystem::path& path, const std::vector<TensorToWrite>& tensors,

@@ -34,6 +34,8 @@ class SafetensorsFile {
   /// The tensor in `type`: the view where it is stored so, else a copy, after which the mapping's pages are given back, so
   /// that converting a whole file holds one copy of it and not two.
   at::Tensor tensor_as(const std::string& name, at::ScalarType type) const;
+  /// Gives the mapping's pages of a tensor back, after it was read for good; touching it again reads the file again.
+  void release(const std::string& name) const;
   const std::filesystem::path& path() const;
 
  private:

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <ostream>
 
+#include "checkpoints/bitsandbytes.h"
 #include "checkpoints/gguf.h"
 #include "checkpoints/hf_folder.h"
 #include "checkpoints/licence.h"
@@ -79,6 +80,7 @@ Json inspect_model(const fs::path& folder) {
                  {"vocabulary", config.vocabulary_size},
                  {"positions", config.max_positions},
                  {"head_tied", config.tied_head},
+                 {"quantized", checkpoints::stored_format(config.source, (folder / "config.json").string())},
                  {"weights", tally.json()},
                  {"bytes", tensors.num_bytes()},
                  {"licence", licence.spdx.empty() ? Json(nullptr) : Json(licence.spdx)},
@@ -107,6 +109,7 @@ Json inspect_adapter(const fs::path& folder) {
   return {{"kind", "adapter"},
           {"base", value_or<std::string>(read_json_file(source), "base_model_name_or_path", "", source.string())},
           {"base_sha256", base_hash == file.metadata().end() ? Json(nullptr) : Json(base_hash->second)},
+          {"base_quantization", lora::name_of(checkpoints::adapter_quantization(folder))},
           {"lora", resolved_config(config)},
           {"weights", tally.json()},
           {"bytes", fs::file_size(weights)}};

@@ -59,6 +59,7 @@ int run_merge(const Arguments& arguments, const Terminal& terminal) {
   out << printable(report.output.string()) << ": " << (report.already_done ? "this merge is there already, whole; nothing was written" : "written") << "\n";
   out << "  weights: " << report.weights << ", " << report.num_tensors << " tensors, " << report.num_changed << " changed by " << report.num_adapter_tensors
       << " adapter tensors; head " << (report.head_tied ? "tied" : "not tied") << "\n";
+  if (report.base_format != "none") out << "  base: quantised (" << report.base_format << ") while it was trained on; merged onto those values, in f32\n";
   out << "  proof: largest logit difference " << short_figure(report.largest_difference) << " of " << short_figure(report.largest_logit) << ", KL "
       << short_figure(report.kl) << " nats a token over " << report.probe_tokens << " tokens (the base itself: " << short_figure(report.kl_of_base) << ")\n";
   for (const std::string& warning : report.warnings) out << "  note: " << warning << "\n";

@@ -51,7 +51,9 @@ models::Decoder load_model(const std::filesystem::path& model, const std::filesy
   check_model_folder(model);
   const std::filesystem::path adapter_path = adapter.empty() ? adapter : adapter_folder(adapter);
   const at::ScalarType type = compute == "f32" ? at::kFloat : compute == "bf16" ? at::kBFloat16 : models::fastest_compute_type();
-  models::Decoder decoder = checkpoints::load_decoder(model, type);
+  // An adapter meets the base it was trained on, quantised as it was then.
+  const lora::BaseQuantization quantization = adapter_path.empty() ? lora::BaseQuantization{} : checkpoints::adapter_quantization(adapter_path);
+  models::Decoder decoder = checkpoints::load_decoder(model, type, quantization);
   if (!adapter_path.empty()) checkpoints::load_adapter(decoder, adapter_path, checkpoints::base_hash(model));
   models::use_fused_blocks(decoder);  // so that figures are the bits that training computes; what it cannot take, ATen operators do
   return decoder;

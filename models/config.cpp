@@ -23,7 +23,6 @@ struct Refused {
 };
 const std::vector<Refused>& refused_switches() {
   static const std::vector<Refused> kSwitches = {
-      {"quantization_config", {}},
       {"compression_config", {}},
       {"per_layer_config", {}},
       {"final_logit_softcapping", {}},
@@ -44,6 +43,10 @@ void check_switches(ConfigReader& reader) {
     const bool harmless = value.is_null() || std::find(refused.harmless.begin(), refused.harmless.end(), value) != refused.harmless.end();
     if (!harmless) reader.problem(refused.key, " = ", shown(value), " is not implemented");
   }
+  // How the weights are stored concerns those who read them, which know one method (checkpoints/bitsandbytes.h).
+  const Json& quantization = reader["quantization_config"];
+  if (!quantization.is_null() && !(quantization.is_object() && quantization.value("quant_method", Json()) == "bitsandbytes"))
+    reader.problem("quantization_config = ", shown(quantization), " is not implemented");
 }
 
 std::vector<std::int64_t> read_ids(ConfigReader& reader, const char* key) {

@@ -24,7 +24,7 @@ TrainReport finetune(const TrainConfig& given, bool resume, const std::function<
   const Inputs inputs = open_inputs(config);
   if (std::optional<TrainReport> finished = finished_run(config, inputs)) return *finished;
   for (const std::string& warning : inputs.warnings) log_warning(warning);
-  models::Decoder decoder = checkpoints::load_decoder(config.model, compute_type_of(config));
+  models::Decoder decoder = checkpoints::load_decoder(config.model, compute_type_of(config), quantization_of(config));
   make_trainable(decoder, config);
   prepare_blocks(decoder, config);
   const std::unique_ptr<Optimizer> optimizer = make_optimizer(lora::trainable(decoder), config.optimizer);
@@ -56,7 +56,7 @@ TrainReport finetune(const TrainConfig& given, bool resume, const std::function<
   const std::optional<Progress> resumed = restore(config, parts);
   if (!resumed && config.method == "lora") lora::initialise(decoder, config.lora, config.seed);
   log_info("training ", optimizer->num_parameters(), " of ", inputs.model.num_parameters(), " parameters for ", parts.total_steps, " steps, ",
-           toString(compute_type_of(config)), ", into ", config.output.string());
+           toString(compute_type_of(config)), config.quantize_base == "none" ? "" : " on a base in " + lora::name_of(quantization_of(config)), ", into ", config.output.string());
   const Progress progress = run(config, parts, resumed);
   return finish(config, inputs, progress);
 }

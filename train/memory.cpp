@@ -58,8 +58,14 @@ MemoryEstimate estimate_memory(models::Decoder& decoder, std::uint64_t optimizer
     estimate.weights += tensor.tensor->nbytes();
     if (tensor.tensor->requires_grad()) estimate.trained += tensor.tensor->nbytes();
   }
+  std::uint64_t dense = 0;
   for (const models::NamedLinear& linear : decoder.linears())
-    if (linear.linear->quantized) estimate.weights += linear.linear->quantized->num_bytes();
+    if (linear.linear->quantized) {
+      estimate.weights += linear.linear->quantized->num_bytes();
+      // Made dense in one buffer: two of the largest where gate and up are one product.
+      dense = std::max(dense, 2 * static_cast<std::uint64_t>(linear.linear->outputs() * linear.linear->inputs()) * c10::elementSize(linear.linear->compute_type()));
+    }
+  estimate.weights += dense;
   for (const models::NamedLinear& linear : decoder.linears())
     if (linear.linear->adapter) estimate.trained += 2 * (linear.linear->adapter->a_RI.nbytes() + linear.linear->adapter->b_OR.nbytes());
   const auto tokens = static_cast<double>(batch_tokens);

@@ -36,6 +36,12 @@ std::string note_on_output(const std::filesystem::path& output) {
   return "";
 }
 
+std::string base_format(models::Decoder& decoder) {
+  for (const models::NamedLinear& named : decoder.linears())
+    if (named.linear->quantized) return std::string(named.linear->quantized->format());
+  return "none";
+}
+
 }  // namespace
 
 Json plan(const TrainConfig& given, bool probe) {
@@ -43,7 +49,7 @@ Json plan(const TrainConfig& given, bool probe) {
   use_threads(config);
   const Inputs inputs = open_inputs(config);
   const std::string note = note_on_output(config.output);
-  models::Decoder decoder = checkpoints::load_decoder(config.model, compute_type_of(config));
+  models::Decoder decoder = checkpoints::load_decoder(config.model, compute_type_of(config), quantization_of(config));
   make_trainable(decoder, config);
   const std::string not_fused = prepare_blocks(decoder, config);
   const std::unique_ptr<Optimizer> optimizer = make_optimizer(lora::trainable(decoder), config.optimizer);
@@ -83,7 +89,7 @@ Json plan(const TrainConfig& given, bool probe) {
           {"tokens_per_step", step_tokens},
           {"tokens", step_tokens * static_cast<double>(steps)},
           {"model", {{"folder", config.model.string()}, {"family", inputs.model.family->model_type}, {"parameters", parameters}, {"trained_parameters", trained},
-                     {"compute_type", toString(compute_type_of(config))}, {"sha256", inputs.base_hash}, {"tokenizer_sha256", inputs.tokenizer_hash}}},
+                     {"compute_type", toString(compute_type_of(config))}, {"quantization", base_format(decoder)}, {"sha256", inputs.base_hash}, {"tokenizer_sha256", inputs.tokenizer_hash}}},
           {"data", describe_data(config, inputs)},
           {"memory", {{"weights", memory.weights}, {"trained", memory.trained}, {"optimizer", memory.optimizer}, {"activations", memory.activations}, {"head", memory.head},
                       {"library", memory.library}, {"total", total}, {"available", available}}},

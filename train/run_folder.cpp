@@ -160,7 +160,7 @@ std::optional<Progress> restore(const TrainConfig& config, const LoopParts& part
 }
 
 void write_result(const TrainConfig& config, models::Decoder& decoder, const Inputs& inputs, const std::filesystem::path& folder) {
-  if (config.method == "lora") checkpoints::write_adapter(decoder, config.lora, config.model.string(), folder / "adapter", inputs.base_hash);
+  if (config.method == "lora") checkpoints::write_adapter(decoder, config.lora, config.model.string(), folder / "adapter", inputs.base_hash, quantization_of(config));
 }
 
 TrainReport finish(const TrainConfig& config, const Inputs& inputs, const Progress& progress) {

@@ -87,6 +87,10 @@ void TrainConfig::visit(FieldVisitor& fields) {
   fields.field("output", output, {.help = "run folder: checkpoints, metrics, the finished adapter", .required = true});
   fields.field("method", method, {.help = "train low-rank adapters or all weights", .choices = {"lora", "full"}});
   fields.group("lora", "low-rank adapters (method: lora)", lora);
+  fields.field("quantize_base", quantize_base,
+               {.help = "keep the blocks' frozen linear layers narrow (method: lora): NF4 (4.13 bits a weight, bitsandbytes' bits) or 8 bits; merging is onto the values trained on",
+                .choices = {"none", "nf4", "int8"}});
+  fields.field("nf4_double_quant", nf4_double_quant, {.help = "quantize_base: nf4: keep its scales in 8 bits; false: in f32, 4.5 bits a weight"});
   fields.group("data", "what is learnt from", data);
   fields.group("evaluation", "held-out text", evaluation);
   fields.group("loss", "cross-entropy", loss);
@@ -134,6 +138,8 @@ void check(const TrainConfig& config) {
   if (optimizer.kind != "adafactor" && optimizer.adafactor_scale_parameter) problem("optimizer.adafactor_scale_parameter: only kind: adafactor reads it");
   if (optimizer.kind != "muon" && (optimizer.muon_momentum != defaults.muon_momentum || optimizer.muon_rate != defaults.muon_rate))
     problem("optimizer: only kind: muon reads muon_momentum and muon_rate");
+  if (config.method == "full" && config.quantize_base != "none")
+    problem("quantize_base: a full fine-tune trains the weights themselves, which then cannot be quantised; use method: lora, or none");
   if (!problems.empty()) fail(ErrorKind::kUsage, problems);
 }
 
@@ -159,6 +165,8 @@ data::StreamConfig stream_config(const TrainConfig& config) {
   for (const MixtureItem& item : config.data.mixture) stream.mixture.push_back({item.store, item.weight});
   return stream;
 }
+
+lora::BaseQuantization quantization_of(const TrainConfig& config) { return {.format = config.quantize_base, .double_quant = config.nf4_double_quant}; }
 
 at::ScalarType compute_type_of(const TrainConfig& config) {
   if (config.compute_type == "bf16") return at::kBFloat16;

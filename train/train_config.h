@@ -10,6 +10,7 @@
 #include "core/config.h"
 #include "data/batch_stream.h"
 #include "lora/adapter.h"
+#include "lora/quantize.h"
 #include "train/cross_entropy.h"
 
 namespace alambic::train {
@@ -88,6 +89,8 @@ struct TrainConfig {
   std::filesystem::path model, output;
   std::string method = "lora";     // lora, full
   lora::LoraConfig lora;
+  std::string quantize_base = "none";  // none, nf4, int8
+  bool nf4_double_quant = true;
   DataConfig data;
   EvaluationConfig evaluation;
   LossConfig loss;
@@ -113,5 +116,6 @@ TrainConfig with_token_ids(const TrainConfig& config);
 
 data::StreamConfig stream_config(const TrainConfig& config);
 at::ScalarType compute_type_of(const TrainConfig& config);
+lora::BaseQuantization quantization_of(const TrainConfig& config);
 
 }  // namespace alambic::train

@@ -68,6 +68,10 @@ const Method kMethods[] = {
     {"TokenRows", "llama_tied", [](TrainConfig& config) { config.lora.trainable_tokens = {"3", "10..20"}; }, {kEmbedding}, true},
     {"TokenRowsBf16", "llama_tied", [](TrainConfig& config) { config.lora.trainable_tokens = {"3", "10..20"}, config.compute_type = "bf16"; }, {kEmbedding}, true},
     {"TokenRowsOfBoth", "llama_untied", [](TrainConfig& config) { config.lora.trainable_tokens = {"3", "10..20"}, config.lora.trainable_tokens_head = true; }, {kHead, kEmbedding}},
+    {"Nf4", "llama_tied", [](TrainConfig& config) { config.quantize_base = "nf4"; }, {}, true},
+    {"Nf4Bf16SinglePhi3", "phi3", [](TrainConfig& config) { config.quantize_base = "nf4", config.nf4_double_quant = false, config.compute_type = "bf16"; }},
+    {"Nf4DoraGemma", "gemma3", [](TrainConfig& config) { config.quantize_base = "nf4", config.lora.dora = true; }, {}, true},
+    {"Int8SavedQwen", "qwen2", [](TrainConfig& config) { config.quantize_base = "int8", save(config, {"embed_tokens"}); }, {kEmbedding}},
     {"Full", "llama_tied", [](TrainConfig& config) { config.method = "full"; }, {kEmbedding, "model.norm.weight"}, true},
     {"FullUntied", "llama_untied", [](TrainConfig& config) { config.method = "full"; }, {kHead, kEmbedding, "model.norm.weight"}},
 };
@@ -126,6 +130,9 @@ TEST_P(Methods, LearnsResumesMergesAndReloads) {
   const checkpoints::MergeReport merged = merge(config, report, folder / "merged");
   EXPECT_EQ(merged.relation, config.method == "full" ? "finetune" : "merge");
   EXPECT_EQ(merged.head_tied, method.head_tied);
+  EXPECT_EQ(merged.base_format, lora::name_of(quantization_of(config)));
+  const std::string card = read_file(folder / "merged/README.md");
+  EXPECT_NE(card.find(config.quantize_base == "none" ? "the base's own weights, in f32" : "quantised (" + merged.base_format + ") and made dense again in f32"), std::string::npos) << card;
   const checkpoints::FolderTensors before(config.model), after(folder / "merged");
   EXPECT_EQ(after.contains(kHead), !method.head_tied);
   for (const std::string& name : method.whole)
@@ -135,7 +142,8 @@ TEST_P(Methods, LearnsResumesMergesAndReloads) {
   const data::TokenStore store(folder / "held");
   const auto loss = [&](const models::Decoder& decoder) { return evaluate(decoder, store, config.data.row_length).total.loss(); };
   const auto result_in = [&](at::ScalarType type) {
-    models::Decoder decoder = checkpoints::load_decoder(config.method == "full" ? report.result : config.model, type);
+    models::Decoder decoder = checkpoints::load_decoder(config.method == "full" ? report.result : config.model, type,
+                                                        config.method == "full" ? lora::BaseQuantization{} : checkpoints::adapter_quantization(report.result));
     if (config.method == "lora") checkpoints::load_adapter(decoder, report.result);
     models::use_fused_blocks(decoder);  // as training does; where it cannot, neither could training
     return decoder;
