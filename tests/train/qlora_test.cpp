@@ -9,7 +9,8 @@
 #include "lora/adapter.h"
 #include "tests/closeness.h"
 #include "tests/golden.h"
-#include "train/adamw.h"
+#include "models/fused_blocks.h"
+#include "train/optimizer.h"
 
 namespace alambic::train {
 namespace {
@@ -39,7 +40,8 @@ TEST_P(Qlora, StepsAreThoseOfPeftOnBitsandbytes) {
   const std::int64_t rows = ids_BT.size(0), length = ids_BT.size(1);
   const models::Input input{.tokens_T = ids_BT.flatten(), .positions_T = at::arange(length).repeat({rows}), .document_lengths = std::vector<std::int64_t>(static_cast<std::size_t>(rows), length)};
   const auto logits_BTV = [&] { return decoder.logits_TV(decoder.hidden_TD(input)).view({rows, length, -1}); };
-  AdamW optimizer(trained, {.weight_decay = 0.01, .max_grad_norm = 0});
+  ASSERT_EQ(models::use_fused_blocks(decoder), "");
+  const std::unique_ptr<Optimizer> optimizer = make_optimizer(trained, {.weight_decay = 0.01, .max_grad_norm = 0});
   const at::Tensor losses = peft["losses"];
   for (std::int64_t step = 0; step < losses.numel(); ++step) {
     const at::Tensor loss = at::cross_entropy_loss(logits_BTV().narrow(1, 0, length - 1).flatten(0, 1), ids_BT.narrow(1, 1, length - 1).flatten());
@@ -48,7 +50,7 @@ TEST_P(Qlora, StepsAreThoseOfPeftOnBitsandbytes) {
     for (const models::NamedTensor& named : trained) {
       EXPECT_TRUE(step > 0 || is_close_to_scale(named.tensor->grad(), peft["grad." + named.name], 1e-5)) << named.name;
     }
-    optimizer.step(1e-2);
+    optimizer->step(1e-2);
   }
   for (const models::NamedTensor& named : trained) EXPECT_TRUE(is_close_to_scale(*named.tensor, peft["final." + named.name], 1e-4)) << named.name;
   const at::NoGradGuard evaluating;
