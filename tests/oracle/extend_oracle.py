@@ -7,7 +7,7 @@ import tempfile
 import warnings
 
 import oracle
-from merge_oracle import SMOLLM2
+
 
 warnings.simplefilter("ignore")
 SEED = 31
@@ -81,7 +81,7 @@ def live(alambic):
     with tempfile.TemporaryDirectory() as folder:
         scratch = pathlib.Path(folder)
         smollm2, tiny = scratch / "smollm2", scratch / "tiny"
-        oracle.run(alambic, "import", SMOLLM2, smollm2)
+        oracle.run(alambic, "import", oracle.smollm2(), smollm2)
         check(alambic, scratch, "smollm2", smollm2, False, TOKENS, 64)
         torch.manual_seed(SEED)
         transformers.LlamaForCausalLM(transformers.LlamaConfig(

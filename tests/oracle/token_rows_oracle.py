@@ -62,9 +62,9 @@ def whole_run(alambic, scratch):
     import peft
     import torch
     import transformers
-    from merge_oracle import SMOLLM2
+
     torch.manual_seed(SEED)
-    oracle.run(alambic, "import", SMOLLM2, scratch / "smollm2")
+    oracle.run(alambic, "import", oracle.smollm2(), scratch / "smollm2")
     for tied in (True, False):
         name = "tied" if tied else "untied"
         base, extended, run, merged = (scratch / f"{name}.{kind}" for kind in ("base", "extended", "run", "merged"))

@@ -254,6 +254,7 @@ TEST(Finetune, StopsEarlyWithoutImprovementAndKeepsTheBest) {
 
   // A learning rate at which the loss rises again: patience runs out, and an earlier step than the last is the best.
   config.schedule = {.shape = "constant", .learning_rate = 0.3, .warmup_steps = 0};
+  config.limits.max_steps = 60;
   const TrainReport rising = finetune(config, false, never);
   EXPECT_EQ(rising.json["ended"], "early stop");
   EXPECT_EQ(rising.chosen_step, best_of(rising));
