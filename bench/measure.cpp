@@ -244,14 +244,7 @@ Json step(const std::filesystem::path& model, at::ScalarType type, const StepCas
   train::TrainConfig config;
   config.method = wanted.method;
   config.memory = wanted.memory;
-  models::Decoder decoder = checkpoints::load_decoder(model, type);
-  if (wanted.quantize != "none")
-    for (const models::NamedLinear& named : decoder.linears())
-      if (named.layer >= 0) {
-        named.linear->quantized = lora::quantize(named.linear->weight_OI, {.format = wanted.quantize});
-        named.linear->quantized_compute = type;
-        named.linear->weight_OI = at::Tensor();
-      }
+  models::Decoder decoder = checkpoints::load_decoder(model, type, {.format = wanted.quantize});
   if (wanted.method == "lora") lora::attach(decoder, {.rank = 16, .alpha = 32}, /*seed=*/1);
   else lora::train_everything(decoder);
   config.data.row_length = wanted.length;
