@@ -195,7 +195,9 @@ CardInfo card_of(const MergeConfig& config, const Json& run, const std::string& 
   CardInfo card;
   const std::string base_name = name_of_base(config);
   card.title = config.name.empty() ? report.output.filename().string() : config.name;
-  card.summary = report.relation == "merge" ? "The weights of " + base_name + " with an adapter merged into them." : base_name + ", fine-tuned as a whole.";
+  card.summary = report.relation == "merge" ? "The weights of " + base_name + " with an adapter merged into them." : base_name + (run.is_object() && value_or<std::int64_t>(run, "restarts", 0, source) > 0
+                                                                                                ? ", trained by low-rank adapters that were merged into it and begun anew."
+                                                                                                : ", fine-tuned as a whole.");
   card.licence = card.base_licence = licence_of_model(config.base);
   card.base_models = {base_name};
   card.base_relation = "finetune";  // "merge" would say that several models were put together

@@ -32,10 +32,10 @@ Task task_of_run(const Arguments& arguments) {
             .row_length = config.data.row_length,
             .rows_per_batch = config.data.rows_per_batch,
             .max_tokens = static_cast<std::uint64_t>(config.evaluation.max_tokens)};
-  const std::filesystem::path result = config.output / (config.method == "lora" ? "adapter" : "weights");
+  const std::filesystem::path result = config.output / train::result_name(config);
   if (!std::filesystem::exists(config.output / "report.json") || !std::filesystem::exists(result))
     fail(ErrorKind::kData, printable(config.output.string()), ": the run has no result yet", Remedy{"train it first; the base alone is evaluated with --model and --store"});
-  if (config.method == "lora") task.adapter = result;
+  if (train::result_name(config) == "adapter") task.adapter = result;
   else task.model = result;
   for (const train::EvaluationItem& item : config.evaluation.stores) task.stores.emplace_back(item.name, item.store);
   if (task.stores.empty()) fail(ErrorKind::kUsage, printable(arguments.positional(0)), ": evaluation.stores is empty, so there is nothing to evaluate on");

@@ -107,6 +107,9 @@ void LoraConfig::visit(FieldVisitor& fields) {
   fields.field("dora", dora, {.help = "train the rows' magnitudes apart from their directions (arXiv:2402.09353)"});
   fields.field("init", init, {.help = "first values: kaiming; gaussian; pissa, or pissa_niter_16 by a fast projection (arXiv:2404.02948); olora (arXiv:2406.01775); "
                                       "false: all random. pissa and olora move a part of the frozen weights into the adapter"});
+  fields.field("restart_every", restart_every,
+               {.help = "merge the adapters into the base and begin them anew every n steps (arXiv:2307.05695); the result is a weights folder; 0: never", .unit = "steps", .low = 0, .high = 1e12});
+  fields.field("restart_warmup_steps", restart_warmup_steps, {.help = "steps in which the learning rate rises again from 0 after a restart", .unit = "steps", .low = 0, .high = 1e12});
   fields.field("modules_to_save", modules_to_save, {.help = "modules that are trained and saved whole, such as embed_tokens and lm_head"});
   fields.field("ensure_weight_tying", ensure_weight_tying,
                {.help = "keep a tied head and embedding one tensor where modules_to_save names either; without it they part"});

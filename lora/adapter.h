@@ -35,6 +35,9 @@ struct LoraConfig {
   std::map<std::string, double> alpha_pattern = {};
   bool rslora = false, dora = false;
   std::string init = "kaiming";  // kaiming, gaussian, false, pissa, pissa_niter_N, olora (lora/initialise.h)
+  /// Merge-and-restart (arXiv:2307.05695): every so many steps the adapters are merged into the base in memory and begin anew, so
+  /// that the sum of the updates may have any rank. 0: never. And the steps in which the learning rate then rises again from 0.
+  std::int64_t restart_every = 0, restart_warmup_steps = 10;
   /// Trained and saved whole, without an adapter: "embed_tokens", "lm_head", or any module. With a tied head each of the
   /// two becomes its own copy, as PEFT does it, unless ensure_weight_tying.
   std::vector<std::string> modules_to_save = {};

@@ -16,6 +16,7 @@
 #include "core/error.h"
 #include "core/random.h"
 #include "lora/adapter.h"
+#include "lora/merge.h"
 
 namespace alambic::lora {
 namespace {
@@ -122,6 +123,21 @@ void initialise(models::Decoder& decoder, const LoraConfig& config, std::uint64_
     if (init.changes_base() || init.kind == InitKind::kRandom) adapter.magnitude_O.copy_(models::adapted_row_norms(weight_OI(), adapter));
     else adapter.magnitude_O.copy_(at::linalg_vector_norm(weight_OI().to(at::kFloat), 2, at::IntArrayRef{1}));
   }
+}
+
+void merge_and_restart(models::Decoder& decoder, const LoraConfig& config, std::uint64_t seed, std::int64_t restart) {
+  for (const models::NamedLinear& named : decoder.linears()) {
+    models::Linear& linear = *named.linear;
+    if (!linear.adapter) continue;
+    if (linear.weight_OI.scalar_type() != at::kFloat || linear.adapter->magnitude_O.defined() || linear.adapter->initial_a_RI.defined())
+      fail(ErrorKind::kBug, named.path, ": an adapter that cannot be merged and begun anew exactly");
+    const at::NoGradGuard no_gradients;
+    const at::Tensor merged_OI = merged_weight(linear.weight_OI, *linear.adapter);
+    // In place, as other tensors may share the memory (models/fused_blocks.h); but a head that was tied parts from the embedding.
+    if (named.layer >= 0) linear.weight_OI.copy_(merged_OI);
+    else linear.weight_OI = merged_OI, decoder.head_tied = false;
+  }
+  initialise(decoder, config, seed, restart);
 }
 
 void take_out_of_base(models::Linear& linear, const Factors& factors) {

@@ -51,6 +51,10 @@ at::Tensor residual_weight(const at::Tensor& weight_OI, const Factors& factors, 
 /// Replaces the frozen weight by its residual and notes in the adapter what was taken out.
 void take_out_of_base(models::Linear& linear, const Factors& factors);
 
+/// Adds scale B A of every adapter to its weight, which is f32, and begins the adapters anew: the model computes what it computed.
+/// A head that was tied parts from its embedding where it has an adapter. No DoRA. restart: 1 is the first.
+void merge_and_restart(models::Decoder& decoder, const LoraConfig& config, std::uint64_t seed, std::int64_t restart);
+
 /// Writes the first A, B and DoRA magnitude of every adapter in place, as config.init says; every draw is a function of (seed,
 /// module path, restart) alone. Replaces the weights of pissa and olora by their residuals, and keeps what was taken out.
 /// restart: how often the adapters have been merged and begun anew (lora.restart_every).

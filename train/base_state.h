@@ -2,6 +2,7 @@
 #pragma once
 // What a run changes of the base's frozen weights, as tensors of its checkpoints (docs/run_state.md), so that a resumed run
 // stands on the same bits:
+//   base.<name>                                    f32: the weights that adapters were merged into (lora.restart_every), by published name
 //   initial.<path>.lora_A.weight, .lora_B.weight   what PiSSA and OLoRA took out of the weight of <path> at the start
 #include <string>
 #include <utility>
@@ -15,7 +16,7 @@ namespace alambic::train {
 using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
 
 /// Views, not copies.
-NamedTensors base_state(models::Decoder& decoder);
+NamedTensors base_state(models::Decoder& decoder, const lora::LoraConfig& config);
 
 /// Whether a checkpoint's tensor of this name is one of these.
 bool is_base_state(std::string_view name);

@@ -28,7 +28,7 @@ TrainReport finetune(const TrainConfig& given, bool resume, const std::function<
   make_trainable(decoder, config);
   prepare_blocks(decoder, config);
   const std::unique_ptr<Optimizer> optimizer = make_optimizer(lora::trainable(decoder), config.optimizer);
-  require_disk(config, *optimizer);
+  require_disk(config, *optimizer, inputs.model.num_parameters());
   data::BatchStream batches(stream_config(config), static_cast<std::uint32_t>(inputs.model.vocabulary_size));
   const auto ranks = parallel::single();
   const Sampler sampler(config, decoder);
@@ -44,8 +44,9 @@ TrainReport finetune(const TrainConfig& given, bool resume, const std::function<
       .loss_sum = loss_sum,
       .evaluate = [&] { return evaluate_all(config, decoder, inputs); },
       .sample = [&](std::int64_t) { return sampler.samples(); },
-      .base_state = [&] { return base_state(decoder); },
+      .base_state = [&] { return base_state(decoder, config.lora); },
       .restore_base = [&](const NamedTensors& state) { restore_base(decoder, config.lora, state); },
+      .restart = [&](std::int64_t number) { lora::merge_and_restart(decoder, config.lora, config.seed, number); },
       .write_result = [&](const std::filesystem::path& folder) { write_result(config, decoder, inputs, folder); },
       .stop_requested = stop_requested,
       .run = config.output,

@@ -6,7 +6,7 @@
 //   <run>/speed.jsonl            tokens a second and memory, which differ from run to run
 //   <run>/events.out.tfevents.*  the same for TensorBoard
 //   <run>/checkpoint-<step>/     docs/run_state.md
-//   <run>/adapter/               the chosen PEFT folder (method lora), or <run>/weights/ (method full)
+//   <run>/adapter/               the chosen PEFT folder (method lora), or <run>/weights/ (method full, or with restarts)
 //   <run>/report.json            written last: the run is finished
 #include <filesystem>
 #include <functional>

@@ -30,6 +30,7 @@ class Loop {
   Progress run() {
     while (progress_.ended.empty()) {
       if (parts_.stop_requested()) stop();
+      restart_if_due();
       train_one_step();
       const bool improved = (!progress_.ended.empty() || due(config_.evaluation.every)) && evaluate();  // may end the run early
       if (!progress_.ended.empty() || due(config_.samples.every)) sample();
@@ -41,9 +42,21 @@ class Loop {
  private:
   bool due(std::int64_t every) const { return every > 0 && progress_.step % every == 0; }
 
+  /// Before the step that follows every restart_every-th one. The counter, and not the step alone, decides: a run may have been
+  /// stopped between the restart and the end of its next step.
+  void restart_if_due() {
+    if (!restarts(config_) || progress_.step == 0 || progress_.restarts >= progress_.step / config_.lora.restart_every) return;
+    progress_.restarts += 1;
+    parts_.restart(progress_.restarts);
+    parts_.optimizer.reset();
+    log_info("step ", progress_.step, "  restart ", progress_.restarts, ": the adapters are merged and begin anew");
+    log_.metrics(progress_.step, "restart", {{"number", progress_.restarts}});
+  }
+
   void train_one_step() {
     const auto began = std::chrono::steady_clock::now();
-    const double learning_rate = learning_rate_at(config_.schedule, progress_.step, parts_.total_steps);
+    const double learning_rate = learning_rate_at(config_.schedule, progress_.step, parts_.total_steps, restarts(config_) ? config_.lora.restart_every : 0,
+                                                  config_.lora.restart_warmup_steps);
     const std::vector<data::Batch> micro_batches = parts_.batches.next_step();
     const std::uint64_t seed = derive_seed(config_.seed, "dropout", {static_cast<std::uint64_t>(progress_.step)});
     const StepReport report = step(micro_batches, parts_.loss_sum, parts_.optimizer, learning_rate, config_.optimizer.max_grad_norm,
@@ -131,6 +144,7 @@ class Loop {
   void save() {
     if (saved_step_ == progress_.step) return;  // resumed here, and nothing was done since
     progress_.metrics_bytes = log_.sync();
+    progress_.optimizer_steps = parts_.optimizer.num_steps();
     NamedTensors tensors = parts_.optimizer.state();
     for (auto& [name, tensor] : parts_.base_state()) tensors.emplace_back(name, tensor);
     checkpoints::save_checkpoint(parts_.run, {.step = progress_.step, .tensors = tensors, .progress = to_json(progress_), .identity = parts_.identity},
@@ -158,7 +172,7 @@ Json to_json(const Progress& progress) {
   return {{"step", progress.step}, {"tokens", progress.tokens}, {"kept_tokens", progress.kept_tokens}, {"smoothed_loss", progress.smoothed_loss},
           {"bad_steps", progress.bad_steps}, {"bad_steps_in_row", progress.bad_steps_in_row}, {"before", progress.before}, {"latest", progress.latest},
           {"best_step", progress.best_step}, {"best_loss", progress.best_loss}, {"best", progress.best},
-          {"without_improvement", progress.without_improvement}, {"ended", progress.ended}, {"data", progress.data}, {"metrics_bytes", progress.metrics_bytes}};
+          {"without_improvement", progress.without_improvement}, {"restarts", progress.restarts}, {"optimizer_steps", progress.optimizer_steps}, {"ended", progress.ended}, {"data", progress.data}, {"metrics_bytes", progress.metrics_bytes}};
 }
 
 Progress progress_from_json(const Json& json, std::string_view source) {
@@ -170,7 +184,11 @@ Progress progress_from_json(const Json& json, std::string_view source) {
   return {.step = integer("step"), .tokens = integer("tokens"), .kept_tokens = integer("kept_tokens"), .smoothed_loss = require<double>(json, "smoothed_loss", source),
           .bad_steps = integer("bad_steps"), .bad_steps_in_row = integer("bad_steps_in_row"), .before = any("before"), .latest = any("latest"),
           .best_step = integer("best_step"), .best_loss = require<double>(json, "best_loss", source), .best = any("best"),
-          .without_improvement = integer("without_improvement"), .ended = require<std::string>(json, "ended", source), .data = any("data"),
+          .without_improvement = integer("without_improvement"),
+          // Checkpoints older than restarts have neither.
+          .restarts = value_or<std::int64_t>(json, "restarts", 0, source),
+          .optimizer_steps = value_or<std::int64_t>(json, "optimizer_steps", integer("step") - integer("bad_steps"), source),
+          .ended = require<std::string>(json, "ended", source), .data = any("data"),
           .metrics_bytes = static_cast<std::uint64_t>(integer("metrics_bytes"))};
 }
 

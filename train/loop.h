@@ -34,6 +34,8 @@ struct LoopParts {
   /// What a run changes of its frozen base, as tensors of a checkpoint, and how a decoder is brought there again.
   std::function<NamedTensors()> base_state;
   std::function<void(const NamedTensors&)> restore_base;
+  /// lora.restart_every: merges the adapters and begins them anew, for the number-th time.
+  std::function<void(std::int64_t number)> restart = {};
   /// Writes what the run makes (a PEFT folder) into a checkpoint folder.
   std::function<void(const std::filesystem::path&)> write_result;
   std::function<bool()> stop_requested;
@@ -54,6 +56,8 @@ struct Progress {
   double best_loss = 0;
   Json best;                         // all evaluations of that step
   std::int64_t without_improvement = 0;  // evaluations in a row that fell by less than min_delta
+  std::int64_t restarts = 0;         // of the adapters, so far
+  std::int64_t optimizer_steps = 0;  // since the last of them
   std::string ended;                 // "": running; "steps", "tokens", "early stop"
   Json data;                         // BatchStream::state()
   std::uint64_t metrics_bytes = 0;

@@ -156,6 +156,13 @@ void Optimizer::forget_gradients() {
   for (const Trained& one : trained_) one.tensor.mutable_grad().reset();
 }
 
+void Optimizer::reset() {
+  forget_gradients();
+  // Zeros are how every rule begins, 8-bit ones too: their scales are then 0.
+  for (const auto& [name, moment] : moments()) moment.zero_();
+  num_steps_ = 0;
+}
+
 NamedState Optimizer::state() const {
   NamedState state;
   for (const Trained& one : trained_) state.emplace_back("weights." + one.name, one.tensor.detach());

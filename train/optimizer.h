@@ -53,6 +53,7 @@ class Optimizer {
   std::span<at::Tensor> gradients();
   void step(double learning_rate);  // and forgets the gradients
   void forget_gradients();
+  void reset();  // moments and number of steps, as if nothing had been learnt yet
 
   /// Tensors and moments by name, for a checkpoint: "weights.<name>" and what moments() lists. Views, not copies.
   NamedState state() const;

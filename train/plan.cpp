@@ -55,7 +55,7 @@ Json plan(const TrainConfig& given, bool probe) {
   const std::unique_ptr<Optimizer> optimizer = make_optimizer(lora::trainable(decoder), config.optimizer);
   data::BatchStream batches(stream_config(config), static_cast<std::uint32_t>(inputs.model.vocabulary_size));
   const Sampler sampler(config, decoder);
-  require_disk(config, *optimizer);
+  require_disk(config, *optimizer, inputs.model.num_parameters());
 
   const std::int64_t steps = total_steps(config, batches, inputs);
   const std::vector<data::Batch> first_step = batches.next_step();
@@ -84,7 +84,7 @@ Json plan(const TrainConfig& given, bool probe) {
     time = {{"tokens_per_second", rate}, {"seconds", static_cast<double>(steps) * step_tokens / rate}, {"measured", true},
             {"note", "steps only; evaluations, samples and checkpoints come on top"}, {"probe_peak_memory", process_memory().peak}};
   }
-  const std::uint64_t checkpoint = checkpoint_bytes(config, *optimizer);
+  const std::uint64_t checkpoint = checkpoint_bytes(config, *optimizer, inputs.model.num_parameters());
   return {{"steps", steps},
           {"tokens_per_step", step_tokens},
           {"tokens", step_tokens * static_cast<double>(steps)},

@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
+#include <map>
 
 #include "checkpoints/hf_folder.h"
 #include "checkpoints/peft_folder.h"
@@ -12,6 +14,8 @@
 #include "core/error.h"
 #include "core/log.h"
 #include "lora/initialise.h"
+#include "lora/merge.h"
+#include "models/token_rows.h"
 #include "train/evaluate.h"
 
 namespace alambic::train {
@@ -19,7 +23,7 @@ namespace {
 
 constexpr const char* kReport = "report.json";
 
-std::filesystem::path result_folder(const TrainConfig& config) { return config.output / (config.method == "lora" ? "adapter" : "weights"); }
+std::filesystem::path result_folder(const TrainConfig& config) { return config.output / result_name(config); }
 
 const std::filesystem::path& made(const std::filesystem::path& folder) {
   std::error_code failed;
@@ -47,6 +51,45 @@ void write_full_weights(const TrainConfig& config, const models::ModelConfig& ba
   checkpoints::write_weights(folder, names, at::kFloat, [&](std::size_t i) { return tensors[i]; });
   checkpoints::copy_companions(config.model, folder);
   checkpoints::describe_weights(folder, at::kFloat, base.tied_head && names.size() == models::expected_shapes(base).size());
+}
+
+/// The tensors of a checkpoint apart: what trains and its moments, and what the base had become.
+std::pair<NamedTensors, NamedTensors> parted(const checkpoints::RunState& state) {
+  std::pair<NamedTensors, NamedTensors> parts;
+  for (const auto& [name, tensor] : state.tensors) (is_base_state(name) ? parts.second : parts.first).emplace_back(name, tensor);
+  return parts;
+}
+
+/// The weights of a checkpoint of a run with restarts, its adapters merged, as a Hugging Face folder in f32.
+void write_restarted_weights(const TrainConfig& config, const checkpoints::RunState& state, const std::filesystem::path& folder) {
+  models::Decoder decoder = checkpoints::load_decoder(config.model, at::kFloat);
+  make_trainable(decoder, config);
+  const auto [trained, base] = parted(state);
+  restore_base(decoder, config.lora, base);
+  make_optimizer(lora::trainable(decoder), config.optimizer)->restore(trained, 0);
+  std::vector<std::pair<std::string, std::vector<std::int64_t>>> names;
+  std::vector<std::function<at::Tensor()>> makers;
+  const auto add = [&](const std::string& name, const at::Tensor& tensor, std::function<at::Tensor()> make) {
+    names.emplace_back(name, tensor.sizes().vec());
+    makers.push_back(std::move(make));
+  };
+  std::map<const at::Tensor*, models::Linear*> adapted;
+  for (const models::NamedLinear& linear : decoder.linears())
+    if (linear.linear->adapter) adapted[&linear.linear->weight_OI] = linear.linear;
+  if (decoder.head.adapter) decoder.head_tied = false;
+  for (const models::NamedTensor& named : decoder.tensors()) {
+    const at::Tensor& tensor = *named.tensor;
+    const models::Linear* const linear = adapted.contains(named.tensor) ? adapted[named.tensor] : nullptr;
+    if (linear != nullptr) add(named.name, tensor, [linear] { return lora::merged_weight(linear->weight_OI, *linear->adapter); });
+    else if (named.tensor == &decoder.embedding_VD && decoder.token_rows_ND.defined())
+      add(named.name, tensor, [&] { return models::with_token_rows(decoder.embedding_VD, decoder.token_rows_ND, decoder.token_row_ids); });
+    else if (named.tensor == &decoder.head.weight_OI && decoder.head.token_rows_ND.defined())
+      add(named.name, tensor, [&] { return models::with_token_rows(decoder.head.weight_OI, decoder.head.token_rows_ND, decoder.head.token_row_ids); });
+    else add(named.name, tensor, [&tensor] { return tensor.detach(); });
+  }
+  checkpoints::write_weights(folder, names, at::kFloat, [&](std::size_t i) { return makers[i](); });
+  checkpoints::copy_companions(config.model, folder);
+  checkpoints::describe_weights(folder, at::kFloat, decoder.head_tied);
 }
 
 /// Error(kUsage) listing what differs between the run that wrote `checkpoint` and this one.
@@ -94,16 +137,17 @@ void make_trainable(models::Decoder& decoder, const TrainConfig& config) {
   else lora::train_everything(decoder);
 }
 
-std::uint64_t checkpoint_bytes(const TrainConfig& config, const Optimizer& optimizer) {
+std::uint64_t checkpoint_bytes(const TrainConfig& config, const Optimizer& optimizer, std::int64_t num_parameters) {
   // The weights, and the PEFT folder or what a full fine-tune writes at the end. Where a part of the base was taken out that part
-  // is kept too, and the PEFT folder has twice the rank.
-  const std::int64_t copies = config.method == "lora" && lora::parse_init(config.lora.init).changes_base() ? 4 : 2;
-  return static_cast<std::uint64_t>(copies * static_cast<std::int64_t>(sizeof(float)) * optimizer.num_parameters() + optimizer.state_bytes()) + (1 << 20);
+  // is kept too, and the PEFT folder has twice the rank. With restarts the weights that were merged into are kept as well, at
+  // most all of the model.
+  const std::int64_t copies = config.method == "lora" && lora::parse_init(config.lora.init).changes_base() ? 4 : 2, base = restarts(config) ? num_parameters : 0;
+  return static_cast<std::uint64_t>(static_cast<std::int64_t>(sizeof(float)) * (copies * optimizer.num_parameters() + base) + optimizer.state_bytes()) + (1 << 20);
 }
 
-void require_disk(const TrainConfig& config, const Optimizer& optimizer) {
+void require_disk(const TrainConfig& config, const Optimizer& optimizer, std::int64_t num_parameters) {
   // The kept ones, the best one, and the one being written.
-  const std::uint64_t needed = checkpoint_bytes(config, optimizer) * static_cast<std::uint64_t>(config.checkpoint.keep + 2), free = free_bytes(config.output);
+  const std::uint64_t needed = checkpoint_bytes(config, optimizer, num_parameters) * static_cast<std::uint64_t>(config.checkpoint.keep + 2), free = free_bytes(config.output);
   if (free < needed)
     fail(ErrorKind::kResource, config.output.string(), ": ", free >> 20, " MiB are free, checkpoints need ", needed >> 20, " MiB",
          Remedy{"free space, choose another output, or lower checkpoint.keep"});
@@ -149,10 +193,9 @@ std::optional<Progress> restore(const TrainConfig& config, const LoopParts& part
   for (const std::string& line : checkpoints::differences(require<Json>(state.identity, "machine", source), parts.identity["machine"]))
     log_warning("resuming on another machine or thread count, so the last bits of sums may differ: ", line);
   Progress progress = progress_from_json(state.progress, (*newest / "progress.json").string());
-  NamedTensors trained, base;
-  for (const auto& [name, tensor] : state.tensors) (is_base_state(name) ? base : trained).emplace_back(name, tensor);
+  const auto [trained, base] = parted(state);
   parts.restore_base(base);
-  parts.optimizer.restore(trained, progress.step - progress.bad_steps);
+  parts.optimizer.restore(trained, progress.optimizer_steps);
   parts.batches.restore(progress.data);
   note_config();
   log_info("resuming from ", newest->filename().string());
@@ -160,7 +203,7 @@ std::optional<Progress> restore(const TrainConfig& config, const LoopParts& part
 }
 
 void write_result(const TrainConfig& config, models::Decoder& decoder, const Inputs& inputs, const std::filesystem::path& folder) {
-  if (config.method == "lora") checkpoints::write_adapter(decoder, config.lora, config.model.string(), folder / "adapter", inputs.base_hash, quantization_of(config));
+  if (result_name(config) == "adapter") checkpoints::write_adapter(decoder, config.lora, config.model.string(), folder / "adapter", inputs.base_hash, quantization_of(config));
 }
 
 TrainReport finish(const TrainConfig& config, const Inputs& inputs, const Progress& progress) {
@@ -172,7 +215,8 @@ TrainReport finish(const TrainConfig& config, const Inputs& inputs, const Progre
   std::filesystem::remove_all(temporary);
   std::filesystem::remove_all(report.result);  // of an earlier end of this run that was cut short before its report
   std::filesystem::create_directory(temporary);
-  if (config.method == "lora") copy_files(chosen / "adapter", temporary);
+  if (result_name(config) == "adapter") copy_files(chosen / "adapter", temporary);
+  else if (restarts(config)) write_restarted_weights(config, checkpoints::load_checkpoint(chosen), temporary);
   else write_full_weights(config, inputs.model, checkpoints::load_checkpoint(chosen), temporary);
   commit_folder(temporary, report.result);
 
@@ -188,6 +232,7 @@ TrainReport finish(const TrainConfig& config, const Inputs& inputs, const Progre
                  {"tokens", progress.tokens},
                  {"kept_tokens", progress.kept_tokens},
                  {"bad_steps", progress.bad_steps},
+                 {"restarts", progress.restarts},
                  {"base", {{"folder", config.model.string()}, {"sha256", inputs.base_hash}, {"family", inputs.model.family->model_type}, {"parameters", inputs.model.num_parameters()}}},
                  {"evaluation", evaluation},
                  {"data", describe_data(config, inputs)},

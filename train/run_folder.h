@@ -31,10 +31,10 @@ void use_threads(const TrainConfig& config);
 /// Attaches the adapter, still empty (its first values are lora::initialise's or a checkpoint's), or makes every weight train.
 void make_trainable(models::Decoder& decoder, const TrainConfig& config);
 
-/// Bytes of one checkpoint.
-std::uint64_t checkpoint_bytes(const TrainConfig& config, const Optimizer& optimizer);
+/// Bytes of one checkpoint of a model of num_parameters, at most.
+std::uint64_t checkpoint_bytes(const TrainConfig& config, const Optimizer& optimizer, std::int64_t num_parameters);
 /// Error(kResource) when the checkpoints that are kept at once will not fit on the disk.
-void require_disk(const TrainConfig& config, const Optimizer& optimizer);
+void require_disk(const TrainConfig& config, const Optimizer& optimizer, std::int64_t num_parameters);
 
 /// The first limit reached, in steps. A limit in tokens is turned into steps by the mean of the first steps' tokens.
 std::int64_t total_steps(const TrainConfig& config, const data::BatchStream& batches, const Inputs& inputs);
@@ -49,7 +49,7 @@ Json evaluate_all(const TrainConfig& config, const models::Decoder& decoder, con
 /// <run>/config.json. Error(kUsage) lists what differs from the run that wrote it; another thread count or processor is a warning.
 std::optional<Progress> restore(const TrainConfig& config, const LoopParts& parts);
 
-/// LoRA: <folder>/adapter. Full: nothing, as the checkpoint's own tensors are the weights.
+/// LoRA: <folder>/adapter. Full, and LoRA with restarts: nothing, as the checkpoint's own tensors are (or make) the weights.
 void write_result(const TrainConfig& config, models::Decoder& decoder, const Inputs& inputs, const std::filesystem::path& folder);
 
 /// Copies the chosen checkpoint's result to <run>/adapter (or makes <run>/weights of it) and writes report.json, last.

@@ -16,6 +16,12 @@ std::int64_t warmup_steps(const ScheduleConfig& schedule, std::int64_t total_ste
   return schedule.warmup_steps >= 0 ? schedule.warmup_steps : share_of(schedule.warmup_share, total_steps);
 }
 
+double learning_rate_at(const ScheduleConfig& schedule, std::int64_t step, std::int64_t total_steps, std::int64_t restart_every, std::int64_t restart_warmup) {
+  const std::int64_t since = restart_every > 0 ? step % restart_every : 0;
+  if (restart_every == 0 || step < restart_every || since >= restart_warmup) return learning_rate_at(schedule, step, total_steps);
+  return learning_rate_at(schedule, step - since + restart_warmup, total_steps) * static_cast<double>(since) / static_cast<double>(restart_warmup);
+}
+
 double learning_rate_at(const ScheduleConfig& schedule, std::int64_t step, std::int64_t total_steps) {
   const std::int64_t warmup = warmup_steps(schedule, total_steps);
   if (step < warmup) return schedule.learning_rate * static_cast<double>(step) / static_cast<double>(std::max<std::int64_t>(1, warmup));

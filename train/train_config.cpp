@@ -140,8 +140,20 @@ void check(const TrainConfig& config) {
     problem("optimizer: only kind: muon reads muon_momentum and muon_rate");
   if (config.method == "full" && config.quantize_base != "none")
     problem("quantize_base: a full fine-tune trains the weights themselves, which then cannot be quantised; use method: lora, or none");
+  if (restarts(config)) {
+    const lora::LoraConfig& adapter = config.lora;
+    if (config.compute_type == "bf16") problem("lora.restart_every: merging into a bf16 base would round what was learnt away; use compute_type f32 or auto");
+    if (config.quantize_base != "none") problem("lora.restart_every: adapters are merged into the base, which cannot be done to a quantised one; use quantize_base: none");
+    if (adapter.dora) problem("lora.restart_every: DoRA's magnitudes are not begun anew; use plain LoRA");
+    if (adapter.init != "kaiming" && adapter.init != "gaussian") problem("lora.restart_every: an adapter begun anew must change nothing at first; lora.init must be kaiming or gaussian");
+    if (adapter.restart_warmup_steps >= adapter.restart_every) problem("lora.restart_warmup_steps: must be less than lora.restart_every");
+  }
   if (!problems.empty()) fail(ErrorKind::kUsage, problems);
 }
+
+bool restarts(const TrainConfig& config) { return config.method == "lora" && config.lora.restart_every > 0; }
+
+std::string result_name(const TrainConfig& config) { return config.method == "lora" && !restarts(config) ? "adapter" : "weights"; }
 
 TrainConfig with_token_ids(const TrainConfig& config) {
   TrainConfig resolved = config;
@@ -170,8 +182,8 @@ lora::BaseQuantization quantization_of(const TrainConfig& config) { return {.for
 
 at::ScalarType compute_type_of(const TrainConfig& config) {
   if (config.compute_type == "bf16") return at::kBFloat16;
-  // Trained base weights are their own f32 masters.
-  if (config.compute_type == "f32" || config.method == "full") return at::kFloat;
+  // Trained base weights are their own f32 masters; so is a base that adapters are merged into.
+  if (config.compute_type == "f32" || config.method == "full" || restarts(config)) return at::kFloat;
   return models::fastest_compute_type();
 }
 

@@ -114,6 +114,11 @@ void check(const TrainConfig& config);
 /// The config with the texts of lora.trainable_tokens as ids, by the model's tokenizer. Error(kUsage): a text that is no token.
 TrainConfig with_token_ids(const TrainConfig& config);
 
+/// Whether adapters are merged and begun anew on the way (lora.restart_every): the result then is a folder of weights.
+bool restarts(const TrainConfig& config);
+/// Name of the result in the run folder: "adapter" (a PEFT folder) or "weights" (a model folder).
+std::string result_name(const TrainConfig& config);
+
 data::StreamConfig stream_config(const TrainConfig& config);
 at::ScalarType compute_type_of(const TrainConfig& config);
 lora::BaseQuantization quantization_of(const TrainConfig& config);

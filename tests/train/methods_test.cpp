@@ -72,6 +72,7 @@ const Method kMethods[] = {
     {"Nf4Bf16SinglePhi3", "phi3", [](TrainConfig& config) { config.quantize_base = "nf4", config.nf4_double_quant = false, config.compute_type = "bf16"; }},
     {"Nf4DoraGemma", "gemma3", [](TrainConfig& config) { config.quantize_base = "nf4", config.lora.dora = true; }, {}, true},
     {"Int8SavedQwen", "qwen2", [](TrainConfig& config) { config.quantize_base = "int8", save(config, {"embed_tokens"}); }, {kEmbedding}},
+    {"Restarts", "llama_tied", [](TrainConfig& config) { config.lora.restart_every = 4, config.lora.restart_warmup_steps = 1; }, {}, true},
     {"Full", "llama_tied", [](TrainConfig& config) { config.method = "full"; }, {kEmbedding, "model.norm.weight"}, true},
     {"FullUntied", "llama_untied", [](TrainConfig& config) { config.method = "full"; }, {kHead, kEmbedding, "model.norm.weight"}},
 };
@@ -123,12 +124,12 @@ TEST_P(Methods, LearnsResumesMergesAndReloads) {
   EXPECT_TRUE(fails_with(ErrorKind::kStopped, "after step 5 of 20", [&] { finetune(parts, false, stops(5 * 3 + 2)); }));
   EXPECT_TRUE(fails_with(ErrorKind::kStopped, "after step 14 of 20", [&] { finetune(parts, true, stops(9 * 3 + 1)); }));
   finetune(parts, true, [] { return false; });
-  const fs::path weights = config.method == "full" ? "weights/model.safetensors" : "adapter/adapter_model.safetensors";
+  const fs::path weights = result_name(config) == "weights" ? "weights/model.safetensors" : "adapter/adapter_model.safetensors";
   for (const fs::path& file : {fs::path("checkpoint-20/state.safetensors"), fs::path("metrics.jsonl"), weights})
     EXPECT_EQ(sha256_of_file(config.output / file), sha256_of_file(parts.output / file)) << file;
 
   const checkpoints::MergeReport merged = merge(config, report, folder / "merged");
-  EXPECT_EQ(merged.relation, config.method == "full" ? "finetune" : "merge");
+  EXPECT_EQ(merged.relation, result_name(config) == "weights" ? "finetune" : "merge");
   EXPECT_EQ(merged.head_tied, method.head_tied);
   EXPECT_EQ(merged.base_format, lora::name_of(quantization_of(config)));
   const std::string card = read_file(folder / "merged/README.md");
@@ -142,9 +143,9 @@ TEST_P(Methods, LearnsResumesMergesAndReloads) {
   const data::TokenStore store(folder / "held");
   const auto loss = [&](const models::Decoder& decoder) { return evaluate(decoder, store, config.data.row_length).total.loss(); };
   const auto result_in = [&](at::ScalarType type) {
-    models::Decoder decoder = checkpoints::load_decoder(config.method == "full" ? report.result : config.model, type,
-                                                        config.method == "full" ? lora::BaseQuantization{} : checkpoints::adapter_quantization(report.result));
-    if (config.method == "lora") checkpoints::load_adapter(decoder, report.result);
+    const bool whole = result_name(config) == "weights";
+    models::Decoder decoder = checkpoints::load_decoder(whole ? report.result : config.model, type, whole ? lora::BaseQuantization{} : checkpoints::adapter_quantization(report.result));
+    if (!whole) checkpoints::load_adapter(decoder, report.result);
     models::use_fused_blocks(decoder);  // as training does; where it cannot, neither could training
     return decoder;
   };
