@@ -577,6 +577,38 @@ TEST_F(CommandLine, PrepareMistakes) {
   EXPECT_TRUE(refuses({"prepare", "-m", there("model"), "-i", there("words.txt"), "-o", there("model")}, 2, "model"));
 }
 
+TEST_F(CommandLine, ExtendAddsTokensOfFilesAndFlags) {
+  const std::string out = (scratch_ / "extended").string();
+  write_file(scratch_ / "tokens.txt", "new one\r\nw4 w5\n");
+  const std::vector<std::string> words = {"extend", there("model"), out, "--tokens", (scratch_ / "tokens.txt").string(), "--token", "last", "--pad-to-multiple", "8"};
+  const Outcome told = call(words);
+  EXPECT_EQ(told.code, 0) << told.err;
+  for (const char* shown : {"3 new tokens; 32 rows before, 40 now; head tied", "32\t\"new one\"\t", "33\t\"w4 w5\"\t2 pieces before", "34\t\"last\"\t"}) EXPECT_NE(told.out.find(shown), std::string::npos) << told.out;
+  std::vector<std::string> again = words;
+  again.push_back("--json");
+  EXPECT_EQ(object_of(call(again))["already_done"], true);
+  EXPECT_EQ(object_of(call({"inspect", out, "--json"}))["vocabulary"], 40);
+  EXPECT_EQ(object_of(call({"score", "-m", out, "--text", "w7 last w4 w5", "--json"}))["ids"], Json({7, 34, 33}));
+
+  const std::string other = (scratch_ / "other").string();
+  const auto extend = [&](std::vector<std::string> more) {
+    more.insert(more.begin(), {"extend", there("model"), other});
+    return more;
+  };
+  EXPECT_TRUE(refuses(extend({}), 2, "no token was given"));
+  EXPECT_TRUE(refuses(extend({"--token", "w4"}), 2, "has it already, with the id 4"));
+  EXPECT_TRUE(refuses(extend({"--token", "x", "--init", "zeros"}), 2, "--init"));
+  EXPECT_TRUE(refuses(extend({"--tokens", there("nowhere.txt")}), 3, "nowhere.txt"));
+  write_file(scratch_ / "gap.txt", "one\n\ntwo\n");
+  EXPECT_TRUE(refuses(extend({"--tokens", (scratch_ / "gap.txt").string()}), 3, "gap.txt:2: an empty line is no token"));
+  write_file(scratch_ / "tokens.json", "[\"a\\nb\", 3]");
+  EXPECT_TRUE(refuses(extend({"--tokens", (scratch_ / "tokens.json").string()}), 3, "must hold a JSON list of strings, has 3"));
+  EXPECT_TRUE(refuses({"extend", there("no-tokenizer"), other, "--token", "x"}, 3, "tokenizer.json"));
+  EXPECT_TRUE(refuses({"extend", there("model"), there("other"), "--token", "x"}, 2, "exists and is another folder"));
+  write_file(scratch_ / "tokens.json", "[\"a\\nb\"]");
+  EXPECT_EQ(object_of(call(extend({"--tokens", (scratch_ / "tokens.json").string(), "--special", "--json"})))["tokens"][0]["text"], "a\nb");
+}
+
 TEST_F(CommandLine, ImportMistakes) {
   const std::string out = (scratch_ / "out").string();
   EXPECT_TRUE(refuses({"import", there("words.txt")}, 2, "import: FOLDER is missing"));
