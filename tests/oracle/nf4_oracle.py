@@ -39,6 +39,24 @@ def cases():
     middle = (code[1:] + code[:-1]) / 2
     around = torch.cat([torch.nextafter(middle, torch.tensor(-2.0)), middle, torch.nextafter(middle, torch.tensor(2.0))])
     yield "midpoints", torch.cat([torch.ones(1), around, torch.zeros(18)]).reshape(1, 64)
+    # A short block is divided by its maximum, a whole one multiplied with the reciprocal: values where that decides the code.
+    largest, found = torch.tensor(1.7), []
+    while len(found) < 3:
+        largest = largest * 1.001
+        value = torch.cat([middle * largest, around[:15] * largest])
+        other = torch.bucketize(value / largest, middle) != torch.bucketize(value * (1 / largest), middle)
+        found += [torch.stack([largest, *value[other]])] if bool(other.any()) else []
+    for number, block in enumerate(found):
+        yield f"divided_{number}", block.reshape(1, -1)
+    # Three scales of which one is coded otherwise when its place among the 65,536 steps is cut off rather than rounded.
+    levels = bitsandbytes().functional.create_dynamic_map()
+    code_of_step = torch.bucketize(torch.linspace(-1, 1, 65536, dtype=torch.float64), ((levels[1:] + levels[:-1]) / 2).double())
+    while True:
+        scales = torch.rand(3) + 0.5
+        place = ((scales - scales.mean()) / (scales - scales.mean()).abs().max() + 1) * 0.5 * 65535
+        if bool((code_of_step[place.long()] != code_of_step[(place + 0.5).long()]).any()):
+            break
+    yield "rounded_steps", torch.cat([scales[:, None], torch.rand(3, 63) * 0.5], 1)
 
 
 def bitsandbytes():
@@ -86,7 +104,7 @@ def make(folder):
         made = everything(name, weight)
         if weight.numel() > 10000:  # what double quantisation adds is what this one is for
             made = {key: value for key, value in made.items() if ".single." not in key and ".int8." not in key and not key.endswith("dense_f32")}
-        tensors |= made
+        tensors |= {key: value for key, value in made.items() if name == "even" or not key.endswith("nested_map")}  # it is always the same
     oracle.save_golden(folder / "nf4.safetensors", tensors, SEED, packages=("torch", "bitsandbytes"))
 
 
