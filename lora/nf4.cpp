@@ -15,6 +15,7 @@
 
 #include "core/error.h"
 #include "lora/frozen_layout.h"
+#include "lora/nf4_cuda.h"
 
 namespace alambic::lora {
 namespace {
@@ -187,26 +188,38 @@ std::uint64_t Nf4Weight::num_bytes() const {
   return bytes;
 }
 
+Nf4View Nf4Weight::view() const {
+  const bool nested = parts_.nested_absmax.defined();
+  return {.packed = parts_.packed.const_data_ptr<std::uint8_t>(),
+          .codes = nested ? parts_.absmax.const_data_ptr<std::uint8_t>() : nullptr,
+          .scales = (nested ? parts_.nested_absmax : parts_.absmax).const_data_ptr<float>(),
+          .map = nested ? parts_.nested_map.const_data_ptr<float>() : nullptr,
+          .offset = parts_.offset};
+}
+
 void Nf4Weight::dense_into(const at::Tensor& out_OI) const {
   check_dense(*this, out_OI);
+  if (out_OI.device() != parts_.packed.device())
+    fail(ErrorKind::kBug, "an NF4 weight on ", parts_.packed.device().str(), " cannot be made dense on ", out_OI.device().str());
+  const Nf4View weight = view();
+  if (out_OI.is_cuda()) {
+    const DenseLayout layout{.outputs = outputs_, .inputs = inputs_, .row_stride = outputs_ > 1 ? out_OI.stride(0) : inputs_, .device = out_OI.get_device()};
+    if (out_OI.scalar_type() == at::kFloat) dequantize_nf4_on_cuda(weight, layout, out_OI.mutable_data_ptr<float>());
+    else dequantize_nf4_on_cuda(weight, layout, reinterpret_cast<std::uint16_t*>(out_OI.mutable_data_ptr<at::BFloat16>()));
+    return;
+  }
   static const Nf4Loop fastest = nf4_loops().back();
   const Nf4Loop loop = fastest;
-  const std::uint8_t* const packed = parts_.packed.const_data_ptr<std::uint8_t>();
-  const bool nested = parts_.nested_absmax.defined();
-  const std::uint8_t* const codes = nested ? parts_.absmax.const_data_ptr<std::uint8_t>() : nullptr;
-  const float* const nested_absmax = nested ? parts_.nested_absmax.const_data_ptr<float>() : nullptr;
-  const float* const map = nested ? parts_.nested_map.const_data_ptr<float>() : nullptr;
-  const float* const scales = nested ? nullptr : parts_.absmax.const_data_ptr<float>();
-
+  const bool nested = weight.codes != nullptr;
   for_each_piece(out_OI, [&]<class Out>(std::int64_t begin, std::int64_t end, Out* out) {
     constexpr std::int64_t kBlocks = 128;  // whose scales are made at once
     std::array<float, kBlocks> made{};
     while (begin < end) {
       const std::int64_t first = begin / kNf4Block, stop = std::min(end, (first + kBlocks) * kNf4Block), last = (stop - 1) / kNf4Block;
-      const float* here = nested ? made.data() : scales + first;
+      const float* here = nested ? made.data() : weight.scales + first;
       for (std::int64_t block = first; nested && block <= last; ++block)
-        made[static_cast<std::size_t>(block - first)] = nf4_nested_absmax(map[codes[block]], nested_absmax[block / kNf4NestedBlock], parts_.offset);
-      dequantize_nf4(loop, packed, here, begin, stop, out);
+        made[static_cast<std::size_t>(block - first)] = nf4_nested_absmax(weight.map[weight.codes[block]], weight.scales[block / kNf4NestedBlock], weight.offset);
+      dequantize_nf4(loop, weight.packed, here, begin, stop, out);
       out += stop - begin;
       begin = stop;
     }

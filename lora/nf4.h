@@ -39,6 +39,7 @@ class Nf4Weight final : public models::FrozenWeight {
   std::uint64_t num_bytes() const override;
   void dense_into(const at::Tensor& out_OI) const override;
   const Nf4Parts& parts() const { return parts_; }
+  Nf4View view() const;
 
  private:
   std::int64_t outputs_, inputs_;

@@ -46,6 +46,23 @@ ALAMBIC_HOST_DEVICE inline unsigned nf4_code_at(const std::uint8_t* packed, std:
 /// The absolute maximum of a block under double quantisation: the product is rounded, then the sum.
 ALAMBIC_HOST_DEVICE inline float nf4_nested_absmax(float map_value, float nested_absmax, float offset) { return map_value * nested_absmax + offset; }
 
+/// An NF4 weight as plain pointers, all into the memory of one device.
+struct Nf4View {
+  const std::uint8_t* packed;
+  const std::uint8_t* codes;  // of the scales; nullptr: `scales` are the scales themselves
+  const float* scales;        // of the blocks, or of their codes
+  const float* map;           // of the codes, 256 values
+  float offset;
+};
+
+/// Element `index` of the flattened weight, in f32.
+ALAMBIC_HOST_DEVICE inline float nf4_element(const Nf4View& weight, std::int64_t index) {
+  const std::int64_t block = index / kNf4Block;
+  const float scale = weight.codes == nullptr ? weight.scales[block]
+                                              : nf4_nested_absmax(weight.map[weight.codes[block]], weight.scales[block / kNf4NestedBlock], weight.offset);
+  return nf4_value(nf4_code_at(weight.packed, index)) * scale;
+}
+
 /// The bits of the nearest bf16, ties to even; a NaN stays one.
 ALAMBIC_HOST_DEVICE inline std::uint16_t bf16_bits(float value) {
   std::uint32_t bits = 0;

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Installs what building and running alambic needs: Debian packages, libtorch, a Rust toolchain where there is none,
-# and with --oracle the Python packages that the oracle tests and the benchmarks compare with.
+# with --oracle the Python packages that the oracle tests and the benchmarks compare with, with --cuda NVIDIA's compiler (its licence).
 # Everything but Debian packages goes to .deps/ in this folder. Run it again at any time: what is there is left alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-usage() { sed -n '3,5s/^# //p' "$0"; echo "usage: scripts/setup.sh [--oracle]"; }
-oracle=false
+usage() { sed -n '3,5s/^# //p' "$0"; echo "usage: scripts/setup.sh [--oracle] [--cuda]"; }
+oracle=false cuda=false
 for argument in "$@"; do
   case $argument in
     --oracle) oracle=true ;;
+    --cuda) cuda=true ;;
     -h|--help) usage; exit 0 ;;
     *) echo "setup.sh: unknown option '$argument'" >&2; usage >&2; exit 2 ;;
   esac
@@ -68,4 +69,5 @@ install_wheels() {
 }
 install_wheels .deps/libtorch scripts/requirements/libtorch.txt
 if $oracle; then install_wheels .deps/oracle scripts/requirements/oracle.txt; fi
+if $cuda; then install_wheels .deps/cuda scripts/requirements/cuda.txt; fi
 say "complete"

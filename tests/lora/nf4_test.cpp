@@ -136,10 +136,7 @@ TEST(Nf4, TheSharedArithmeticOfOneElementIsWhatTheLoopsGive) {
   const Nf4Weight made(37, 500, parts);
   const at::Tensor wide = dense(made, at::kFloat), narrow = dense(made, at::kBFloat16);
   for (std::int64_t i = 0; i < weight_OI.numel(); ++i) {
-    const std::int64_t block = i / kNf4Block;
-    const float scale = nf4_nested_absmax(parts.nested_map.const_data_ptr<float>()[parts.absmax.const_data_ptr<std::uint8_t>()[block]],
-                                          parts.nested_absmax.const_data_ptr<float>()[block / kNf4NestedBlock], parts.offset);
-    const float value = nf4_value(nf4_code_at(parts.packed.const_data_ptr<std::uint8_t>(), i)) * scale;
+    const float value = nf4_element(made.view(), i);
     ASSERT_EQ(value, wide.const_data_ptr<float>()[i]) << i;
     ASSERT_EQ(bf16_bits(value), narrow.const_data_ptr<at::BFloat16>()[i].x) << i;
   }
