@@ -8,9 +8,11 @@
 #include <fstream>
 #include <stdexcept>
 
+#include "checkpoints/bitsandbytes.h"
 #include "checkpoints/gguf_header.h"
 #include "checkpoints/gguf_tokenizer.h"
 #include "checkpoints/peft_folder.h"
+#include "checkpoints/safetensors.h"
 #include "checkpoints/safetensors_header.h"
 #include "core/config.h"
 #include "core/files.h"
@@ -48,6 +50,39 @@ void put(const fs::path& path, const std::string& bytes) {
   std::ofstream file(path, std::ios::binary);
   file << bytes;
   if (!file.flush()) throw std::runtime_error(path.string() + ": cannot be written");
+}
+
+// The JSON text inside a folder that bitsandbytes quantised; whatever it says, a weight that is taken is finite.
+TEST(Fuzz, QuantState) {
+  const ScratchFolder folder;
+  const std::string weight = "model.layers.1.self_attn.q_proj.weight", state = weight + ".quant_state.bitsandbytes__nf4";
+  std::vector<std::string> samples;
+  std::vector<std::pair<std::string, HeaderEntry>> entries;
+  std::string data;
+  const SafetensorsFile golden(golden_path("bitsandbytes/nf4/model.safetensors"));
+  for (const auto& [name, entry] : golden.entries()) {
+    if (!name.starts_with(weight)) continue;
+    const at::Tensor tensor = golden.tensor(name);
+    const std::string bytes(static_cast<const char*>(tensor.const_data_ptr()), tensor.nbytes());
+    if (name == state) {
+      samples.push_back(bytes);
+      continue;
+    }
+    entries.push_back({name, {tensor.scalar_type() == at::kByte ? "U8" : "F32", entry.shape, data.size(), data.size() + bytes.size()}});
+    data += bytes;
+  }
+  ASSERT_EQ(entries.size(), 5u);
+  fuzz({.samples = samples,
+        .words = with(kJsonWords, {"\"nested_offset\": 1e39", "\"nested_offset\": -3e38", "\"blocksize\": 0", "\"shape\": [64, 64]", "4096", "-1", "\"nf4\"", "\"fp4\"", "\"nested_blocksize\""}),
+        .parse = [&](const std::string& input) {
+          auto all = entries;
+          all.push_back({state, {"U8", {static_cast<std::int64_t>(input.size())}, data.size(), data.size() + input.size()}});
+          put(folder / "model.safetensors", make_safetensors_header(all, {}) + data + input);
+          const FolderTensors tensors(folder.path());
+          const auto taken = load_quantized(tensors, weight, {64, 64}, "nf4", "fuzz");
+          const at::Tensor dense_OI = models::Linear{.weight_OI = {}, .bias_O = {}, .adapter = {}, .quantized = taken}.dense_OI(at::kFloat);
+          if (first_non_finite(dense_OI) >= 0) throw std::logic_error("a weight that is not finite was taken");
+        }});
 }
 
 TEST(Fuzz, Json) {

@@ -297,6 +297,21 @@ TEST(Finetune, ContradictionsAreListedAtOnce) {
   EXPECT_FALSE(fs::exists(config.output));
 }
 
+TEST(Finetune, QuantisedWeightsAreNotTrainedThemselves) {
+  const ScratchFolder folder;
+  TrainConfig config = tiny_config(folder.path(), "run");
+  config.method = "full";
+  config.quantize_base = "nf4";
+  EXPECT_TRUE(fails_with(ErrorKind::kUsage, "quantize_base: a full fine-tune trains the weights themselves", [&] { finetune(config, false, never); }));
+  EXPECT_FALSE(fs::exists(config.output));
+  config.quantize_base = "none";
+  config.model = testing::golden_path("bitsandbytes/nf4");
+  EXPECT_TRUE(fails_with(ErrorKind::kUsage, "is quantised (nf4) and cannot be trained itself", [&] { finetune(config, false, never); }));
+  config.method = "lora";
+  config.quantize_base = "int8";
+  EXPECT_TRUE(fails_with(ErrorKind::kUsage, "is quantised already, as nf4", [&] { finetune(config, true, never); }));
+}
+
 TEST(Finetune, AStoreOfALargerVocabularyIsRefused) {
   const ScratchFolder folder;
   TrainConfig config = tiny_config(folder.path(), "run");

@@ -6,6 +6,7 @@
 
 #include <functional>
 
+#include "checkpoints/base_weights.h"
 #include "checkpoints/hf_folder.h"
 #include "checkpoints/merge_folder.h"
 #include "checkpoints/peft_folder.h"
@@ -71,6 +72,7 @@ const Method kMethods[] = {
     {"Nf4", "llama_tied", [](TrainConfig& config) { config.quantize_base = "nf4"; }, {}, true},
     {"Nf4Bf16SinglePhi3", "phi3", [](TrainConfig& config) { config.quantize_base = "nf4", config.nf4_double_quant = false, config.compute_type = "bf16"; }},
     {"Nf4DoraGemma", "gemma3", [](TrainConfig& config) { config.quantize_base = "nf4", config.lora.dora = true; }, {}, true},
+    {"StoredNf4", "../bitsandbytes/nf4", [](TrainConfig&) {}},  // a folder that transformers quantised
     {"Int8SavedQwen", "qwen2", [](TrainConfig& config) { config.quantize_base = "int8", save(config, {"embed_tokens"}); }, {kEmbedding}},
     {"Restarts", "llama_tied", [](TrainConfig& config) { config.lora.restart_every = 4, config.lora.restart_warmup_steps = 1; }, {}, true},
     {"Full", "llama_tied", [](TrainConfig& config) { config.method = "full"; }, {kEmbedding, "model.norm.weight"}, true},
@@ -131,9 +133,10 @@ TEST_P(Methods, LearnsResumesMergesAndReloads) {
   const checkpoints::MergeReport merged = merge(config, report, folder / "merged");
   EXPECT_EQ(merged.relation, result_name(config) == "weights" ? "finetune" : "merge");
   EXPECT_EQ(merged.head_tied, method.head_tied);
-  EXPECT_EQ(merged.base_format, lora::name_of(quantization_of(config)));
+  EXPECT_EQ(merged.base_format, checkpoints::BaseWeights(config.model, quantization_of(config)).trained_format());
+  EXPECT_EQ(merged.base_format != "none", config.quantize_base != "none" || std::string(method.name) == "StoredNf4");
   const std::string card = read_file(folder / "merged/README.md");
-  EXPECT_NE(card.find(config.quantize_base == "none" ? "the base's own weights, in f32" : "quantised (" + merged.base_format + ") and made dense again in f32"), std::string::npos) << card;
+  EXPECT_NE(card.find(merged.base_format == "none" ? "the base's own weights, in f32" : "quantised (" + merged.base_format + ") and made dense again in f32"), std::string::npos) << card;
   const checkpoints::FolderTensors before(config.model), after(folder / "merged");
   EXPECT_EQ(after.contains(kHead), !method.head_tied);
   for (const std::string& name : method.whole)
