@@ -134,6 +134,12 @@ TEST(ChatTemplateDamage, TextThatDoublesIsCut) {
   EXPECT_TRUE(fails_with(ErrorKind::kData, "memory", [&] { (void)of(source + "{{ x }}").render(conversation(), nullptr, false); }));
 }
 
+TEST(ChatTemplateDamage, JsonThatDoublesIsCut) {
+  std::string source = "{{ '\"' ";
+  for (int i = 0; i < 200; ++i) source += "|tojson";
+  EXPECT_TRUE(fails_with(ErrorKind::kData, "tojson: makes more than 16 MiB of text", [&] { (void)of(source + " }}").render(conversation(), nullptr, false); }));
+}
+
 TEST(ChatTemplateDamage, DeepNestingIsRefused) {
   std::string source = "{{ ";
   for (int i = 0; i < 100'000; ++i) source += "(";

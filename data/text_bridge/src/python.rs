@@ -252,12 +252,21 @@ fn to_json(value: &Value, ensure_ascii: Option<Value>, indent: Option<Value>, ar
     };
     let mut out = String::new();
     write_json(value, &style, 0, &mut out)?;
+    if out.len() > LONGEST_JSON {
+        return refuse("tojson: makes more than 16 MiB of text");
+    }
     Ok(out)
 }
+
+/// A filter is one step to the fuel, whatever it makes; and each tojson of a text with quotation marks is twice as long as the last.
+const LONGEST_JSON: usize = 16 << 20;
 
 fn write_json(value: &Value, style: &JsonStyle, depth: usize, out: &mut String) -> Result<()> {
     if depth > 200 {
         return refuse("tojson: nested more than 200 deep");
+    }
+    if out.len() > LONGEST_JSON {
+        return refuse("tojson: makes more than 16 MiB of text");
     }
     match value.kind() {
         ValueKind::None => out.push_str("null"),
