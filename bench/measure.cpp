@@ -24,17 +24,18 @@
 #include <span>
 
 #include "checkpoints/hf_folder.h"
-#include "core/allocation.h"
 #include "core/error.h"
 #include "core/json.h"
 #include "core/random.h"
 #include "data/batch_stream.h"
 #include "lora/adapter.h"
 #include "lora/quantize.h"
+#include "models/allocation.h"
 #include "models/product.h"
 #include "parallel/communicator.h"
 #include "train/cross_entropy.h"
 #include "train/memory.h"
+#include "train/plan.h"
 #include "train/step.h"
 
 namespace alambic::bench {
@@ -240,7 +241,7 @@ data::Batch batch_of(const StepCase& wanted, std::int64_t vocabulary) {
 }
 
 Json step(const std::filesystem::path& model, at::ScalarType type, const StepCase& wanted) {
-  keep_freed_memory();
+  use_tensor_heaps();
   train::TrainConfig config;
   config.method = wanted.method;
   config.memory = wanted.memory;
@@ -258,8 +259,9 @@ Json step(const std::filesystem::path& model, at::ScalarType type, const StepCas
   const auto loss_sum = [&](const data::Batch& own, std::uint64_t seed) {
     return train::cross_entropy_sum(decoder.hidden_TD(train::input_of(own, seed)), decoder.head, own.targets_T, own.keep_T, seed);
   };
+  const double planned = train::probe_seconds(decoder, batch, config, *optimizer);
   std::vector<double> losses, seconds;
-  for (int i = 0; i < 1 + wanted.steps; ++i) {  // the first one warms up
+  for (int i = 0; i < 1 + wanted.steps; ++i) {  // the first one makes the optimiser's state
     const Stopwatch watch;
     losses.push_back(train::step({&batch, 1}, loss_sum, *optimizer, 2e-4, 1.0, /*dropout_seed=*/1, *alone).nats_per_token);
     if (i > 0) seconds.push_back(watch.seconds());
@@ -267,7 +269,7 @@ Json step(const std::filesystem::path& model, at::ScalarType type, const StepCas
   std::sort(seconds.begin(), seconds.end());
   const double median = (seconds[(seconds.size() - 1) / 2] + seconds[seconds.size() / 2]) / 2;
   return {{"value", num_tokens / median}, {"unit", "tokens/s"}, {"peak_memory_gb", resident("VmHWM")}, {"estimated_memory_gb", static_cast<double>(estimate.total()) / 1e9},
-          {"flops_of_a_step", flops_of_a_step(decoder, batch)}, {"seconds", median}, {"losses", losses}};
+          {"flops_of_a_step", flops_of_a_step(decoder, batch)}, {"seconds", median}, {"planned_seconds", planned}, {"losses", losses}};
 }
 
 Json measure(const std::vector<std::string>& words) {

@@ -226,7 +226,7 @@ def train_step_case(rounds, threads):
             memory[name] = statistics.median(r["peak_memory_gb"] for r in left)
             yield outcome(f"train_step_{dtype}_{name}", "tokens/s", [r["value"] for r in left], peer_name, [r["value"] for r in right],
                           share_of_peak=statistics.median(flops / r["seconds"] for r in left) / peak, peak_gflops=peak, gflop_of_a_step=flops,
-                          losses=left[0]["losses"], peer_losses=right[0]["losses"] if right else None)
+                          planned_tokens_per_second=statistics.median(r["value"] * r["seconds"] / r["planned_seconds"] for r in left), losses=left[0]["losses"], peer_losses=right[0]["losses"] if right else None)
             yield outcome(f"train_step_{dtype}_{name}_memory", "GB", [r["peak_memory_gb"] for r in left], peer_name, [r["peak_memory_gb"] for r in right],
                           estimated_gb=left[0]["estimated_memory_gb"])
         for policy in ("", "_mlp_recomputed", "_block_recomputed"):

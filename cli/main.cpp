@@ -3,10 +3,10 @@
 #include <iostream>
 
 #include "cli/run.h"
-#include "core/allocation.h"
+#include "models/allocation.h"
 
 int main(int count, char** words) {
-  alambic::keep_freed_memory();
+  alambic::use_tensor_heaps();
   // A reader that goes away must not end a training run in the middle of a step: writing fails instead, and is seen at the end.
   std::signal(SIGPIPE, SIG_IGN);
   // No setlocale(): numbers have a decimal point whatever the user's locale says.

@@ -5,7 +5,6 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <sys/mman.h>
 #include <torch/csrc/autograd/function.h>
@@ -17,6 +16,7 @@
 
 #include "core/error.h"
 #include "core/random.h"
+#include "models/allocation.h"
 #include "models/packed_attention.h"
 #include "models/product.h"
 #include "models/rope.h"
@@ -184,18 +184,21 @@ class TypedTape final : public Tape {
     kept_.resize(groups_.size());
     at::Tensor x_TD = h_TD.detach().contiguous();
     if (tokens_ != real_tokens_) {
+      const KeptTensors kept(differentiable_ && lowest_ == 0);
       x_TD = at::zeros({tokens_, config_.hidden_size}, at::kFloat);
       x_TD.narrow(0, 0, real_tokens_).copy_(h_TD.detach());
     }
     for (std::size_t layer = 0; layer < groups_.size(); ++layer) {
+      keeps_ = differentiable_ && layer >= lowest_;
       Kept kept;
       kept.x_TD = x_TD;
       attend(layer, kept);
-      at::Tensor act_TF = empty(config_.intermediate_size);
+      at::Tensor act_TF;
       gate_up(layer, kept, &act_TF);
       x_TD = down(layer, kept, act_TF);
-      if (differentiable_ && layer >= lowest_) kept_[layer] = what_to_keep(kept);
+      if (keeps_) kept_[layer] = what_to_keep(kept);
     }
+    keeps_ = false;
     const at::Tensor weight_D = norm_weight(decoder_.final_norm_D);
     x_TD = x_TD.narrow(0, 0, real_tokens_);
     at::Tensor hidden_TD = at::empty({real_tokens_, config_.hidden_size}, kType), rstd_T = floats({real_tokens_});
@@ -372,7 +375,8 @@ class TypedTape final : public Tape {
   }
 
   // h = x + y, or x + norm(y) where the block has a norm there; y's adapters and bias are added on the way.
-  at::Tensor add_to_residual(const Group& group, const at::Tensor& x_TD, at::Tensor& y_TN, at::Tensor& u_TR, const at::Tensor& norm_D, at::Tensor& normed_TD, at::Tensor& rstd_T) const {
+  at::Tensor add_to_residual(const Group& group, const at::Tensor& x_TD, at::Tensor& y_TN, at::Tensor& u_TR, const at::Tensor& norm_D, at::Tensor& normed_TD, at::Tensor& rstd_T, bool is_kept) const {
+    const KeptTensors kept(is_kept);
     const std::int64_t D = config_.hidden_size, ld = y_TN.stride(0);
     at::Tensor h_TD = floats({tokens_, D});
     if (norm_D.defined()) normed_TD = empty(D), rstd_T = floats({tokens_});
@@ -398,30 +402,43 @@ class TypedTape final : public Tape {
   void attend(std::size_t layer, Kept& kept) const {
     const Block& block = decoder_.blocks[layer];
     const std::array<Group, kNumGroups>& groups = groups_[layer];
+    const bool is_kept = keeps_ && decoder_.keep != Keep::kInputs;
     at::Tensor n_TD = empty(config_.hidden_size);
-    kept.rstd_x_T = floats({tokens_});
-    normalise(kept.x_TD, norm_weight(block, Slot::kAttentionNorm), n_TD, kept.rstd_x_T);
-    kept.qkv_TN = project(groups[kQkv], n_TD, kept.u_TR[kQkv]);
+    {
+      const KeptTensors own(is_kept);
+      kept.rstd_x_T = floats({tokens_});
+      normalise(kept.x_TD, norm_weight(block, Slot::kAttentionNorm), n_TD, kept.rstd_x_T);
+      kept.qkv_TN = project(groups[kQkv], n_TD, kept.u_TR[kQkv]);
+    }
+    n_TD.reset();
     for_chunks(tokens_, [&](std::int64_t t, std::int64_t rows) { finish_projection(groups[kQkv], kept.qkv_TN, kept.u_TR[kQkv], t, rows); });
 
     const AttentionShape shape = attention_shape(layer);
     const at::Tensor query_norm_S = norm_weight(block, Slot::kQueryNorm), key_norm_S = norm_weight(block, Slot::kKeyNorm);
     AttentionHeads heads = make_heads(shape, /*backward=*/false);
     split_heads(shape, kept.qkv_TN, head_transform(layer, query_norm_S, key_norm_S), heads, /*backward=*/false);
-    kept.out_TQ = empty(config_.num_heads * config_.head_size);
-    kept.lse_KR = attention_forward(shape, heads, kept.out_TQ);
+    {
+      const KeptTensors own(is_kept);
+      kept.out_TQ = empty(config_.num_heads * config_.head_size);
+      kept.lse_KR = attention_forward(shape, heads, kept.out_TQ);
+    }
+    heads = {};
     at::Tensor y_TN = project(groups[kOut], kept.out_TQ, kept.u_TR[kOut]);
-    kept.h_TD = add_to_residual(groups[kOut], kept.x_TD, y_TN, kept.u_TR[kOut], norm_weight(block, Slot::kAfterAttentionNorm), kept.after_attention_TD, kept.rstd_after_attention_T);
+    kept.h_TD = add_to_residual(groups[kOut], kept.x_TD, y_TN, kept.u_TR[kOut], norm_weight(block, Slot::kAfterAttentionNorm), kept.after_attention_TD, kept.rstd_after_attention_T, is_kept);
   }
 
   // Gate and up projections of the normalised h; their product too, unless act_TF is null.
   void gate_up(std::size_t layer, Kept& kept, at::Tensor* act_TF) const {
     const Group& group = groups_[layer][kGateUp];
     const std::int64_t F = config_.intermediate_size;
-    at::Tensor n_TD = empty(config_.hidden_size);
-    kept.rstd_h_T = floats({tokens_});
-    normalise(kept.h_TD, norm_weight(decoder_.blocks[layer], Slot::kMlpNorm), n_TD, kept.rstd_h_T);
-    kept.gate_up_TN = project(group, n_TD, kept.u_TR[kGateUp]);
+    {
+      at::Tensor n_TD = empty(config_.hidden_size);
+      const KeptTensors own(keeps_ && decoder_.keep == Keep::kAll);
+      kept.rstd_h_T = floats({tokens_});
+      normalise(kept.h_TD, norm_weight(decoder_.blocks[layer], Slot::kMlpNorm), n_TD, kept.rstd_h_T);
+      kept.gate_up_TN = project(group, n_TD, kept.u_TR[kGateUp]);
+    }
+    if (act_TF != nullptr) *act_TF = empty(F);
     const std::int64_t ld = kept.gate_up_TN.stride(0);
     for_chunks(tokens_, [&](std::int64_t t, std::int64_t rows) {
       finish_projection(group, kept.gate_up_TN, kept.u_TR[kGateUp], t, rows);
@@ -432,7 +449,7 @@ class TypedTape final : public Tape {
   at::Tensor down(std::size_t layer, Kept& kept, const at::Tensor& act_TF) const {
     const Group& group = groups_[layer][kDown];
     at::Tensor y_TN = project(group, act_TF, kept.u_TR[kDown]);
-    return add_to_residual(group, kept.h_TD, y_TN, kept.u_TR[kDown], norm_weight(decoder_.blocks[layer], Slot::kAfterMlpNorm), kept.after_mlp_TD, kept.rstd_after_mlp_T);
+    return add_to_residual(group, kept.h_TD, y_TN, kept.u_TR[kDown], norm_weight(decoder_.blocks[layer], Slot::kAfterMlpNorm), kept.after_mlp_TD, kept.rstd_after_mlp_T, keeps_);
   }
 
   Kept what_to_keep(const Kept& all) const {
@@ -459,21 +476,22 @@ class TypedTape final : public Tape {
       wants_a = wants_a || (member.rank > 0 && trained_.holds(member.linear->adapter->a_RI));
       const at::Tensor d_TO = dy_TN.narrow(1, member.column, member.count);
       if (member.rank > 0 && trained_.holds(member.linear->adapter->b_OR))
-        trained_.give(member.linear->adapter->b_OR, at::mm(d_TO.t(), u_TR.narrow(1, member.u_column, member.rank)).to(at::kFloat).mul_(member.linear->adapter->scale), gradients);
+        trained_.give(member.linear->adapter->b_OR, product_over_rows(u_TR.narrow(1, member.u_column, member.rank), d_TO).t().mul(member.linear->adapter->scale), gradients);
       if (trained_.holds(member.linear->bias_O)) trained_.give(member.linear->bias_O, d_TO.sum(0, false, at::kFloat), gradients);
     }
     if (!wants_a && !wants_weight) return;
     const at::Tensor x_TI = make_input();
     if (wants_a && !group.drops) {
-      const at::Tensor d_RI = product(v_TR.t(), x_TI);
+      const at::Tensor d_RI = product_over_rows(v_TR, x_TI);
       for (const Member& member : group.members)
         if (member.rank > 0 && trained_.holds(member.linear->adapter->a_RI)) trained_.give(member.linear->adapter->a_RI, d_RI.narrow(0, member.u_column, member.rank), gradients);
     } else if (wants_a) {
       for (const Member& member : group.members)
         if (member.rank > 0 && trained_.holds(member.linear->adapter->a_RI))
-          trained_.give(member.linear->adapter->a_RI, product(v_TR.narrow(1, member.u_column, member.rank).t(), dropped(member, x_TI)), gradients);
+          trained_.give(member.linear->adapter->a_RI, product_over_rows(v_TR.narrow(1, member.u_column, member.rank), dropped(member, x_TI)), gradients);
     }
     if (!wants_weight) return;
+    const KeptTensors until_the_optimiser;  // in the place of what this block's backward pass gave back
     const at::Tensor d_NI = product(dy_TN.narrow(1, 0, group.outputs).t(), x_TI);
     for (const Member& member : group.members)
       if (trained_.holds(member.linear->weight_OI)) trained_.give(member.linear->weight_OI, d_NI.narrow(0, member.column, member.count), gradients);
@@ -607,6 +625,7 @@ class TypedTape final : public Tape {
   std::uint64_t seed_;
   std::vector<std::int64_t> lengths_;
   bool input_needs_gradient_, differentiable_ = false;
+  bool keeps_ = false;  // what is made now waits for the backward pass
   AttentionShape shape_;
   RotaryTable rope_, local_rope_;
   std::vector<std::array<Group, kNumGroups>> groups_;  // by layer

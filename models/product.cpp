@@ -4,10 +4,16 @@
 #include <ATen/Context.h>
 #include <ATen/Version.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 
+#include <algorithm>
 #include <string_view>
+#include <vector>
+
+#include "models/tiles.h"
 
 namespace alambic::models {
 namespace {
@@ -48,6 +54,40 @@ at::Tensor product(const at::Tensor& a_MK, const at::Tensor& b_KN) {
   if (!linear_pointwise || !a_MK.is_cpu() || a_MK.scalar_type() != at::kFloat || a_MK.size(0) < kFewRows || a_MK.size(1) == 0 || b_KN.size(1) == 0 || !suits_onednn(a_MK, b_KN))
     return at::mm(a_MK, b_KN);
   return linear_pointwise->call(a_MK, b_KN.t(), std::nullopt, "none", c10::List<std::optional<at::Scalar>>(), "");
+}
+
+namespace {
+
+// Columns of b are shared out among threads, so that each sum over rows is one thread's. A block of them stays in the cache.
+void sum_over_rows(const at::Tensor& a_TM, const at::Tensor& b_TN, at::Tensor& sum_MN) {
+  constexpr std::int64_t kRows = 256, kColumns = 384, kLanes = 16;
+  const std::int64_t rows = a_TM.size(0), M = a_TM.size(1), N = b_TN.size(1), lda = a_TM.stride(0), ldb = b_TN.stride(0);
+  const std::int64_t blocks = (N + kColumns - 1) / kColumns, width = (N / blocks + kLanes) / kLanes * kLanes;
+  const float *const a = a_TM.const_data_ptr<float>(), *const b = b_TN.const_data_ptr<float>();
+  float* const sum = sum_MN.mutable_data_ptr<float>();
+  at::parallel_for(0, (N + width - 1) / width, 1, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<float> turned(static_cast<std::size_t>(kRows * M));
+    for (std::int64_t block = begin; block < end; ++block) {
+      const std::int64_t column = block * width, columns = std::min(width, N - column);
+      for (std::int64_t row = 0; row < rows; row += kRows) {
+        const std::int64_t count = std::min(kRows, rows - row);
+        tiles::transpose(a + row * lda, lda, turned.data(), kRows, count, M);
+        tile_product(M, columns, count, turned.data(), kRows, b + row * ldb + column, ldb, sum + column, N, row > 0);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+at::Tensor product_over_rows(const at::Tensor& a_TM, const at::Tensor& b_TN) {
+  constexpr std::int64_t kFewColumns = 64;
+  const at::NoGradGuard no_grad;
+  if (!a_TM.is_cpu() || a_TM.scalar_type() != at::kFloat || a_TM.size(1) > kFewColumns || a_TM.stride(1) != 1 || b_TN.stride(1) != 1 || a_TM.numel() == 0 || b_TN.numel() == 0)
+    return product(a_TM.t(), b_TN).to(at::kFloat);
+  at::Tensor sum_MN = at::empty({a_TM.size(1), b_TN.size(1)}, at::kFloat);
+  sum_over_rows(a_TM, b_TN, sum_MN);
+  return sum_MN;
 }
 
 void tile_product(std::int64_t m, std::int64_t n, std::int64_t k, const float* a, std::int64_t lda, const float* b, std::int64_t ldb, float* c,

@@ -107,6 +107,12 @@ constexpr std::int64_t kRowRound = 32;
 
 std::int64_t num_rows_in_chunk(std::int64_t vocabulary_size) { return std::clamp<std::int64_t>((16 << 20) / vocabulary_size / kRowRound * kRowRound, kRowRound, 512); }
 
+std::uint64_t head_bytes(const models::Linear& head, std::int64_t rows) {
+  const std::int64_t vocabulary = head.weight_OI.size(0), copies = head.adapter || head.token_rows_ND.defined() ? 2 : 1;
+  if (takes_tiles(head)) return static_cast<std::uint64_t>(at::get_num_threads()) << 20;
+  return static_cast<std::uint64_t>(copies * std::min(num_rows_in_chunk(vocabulary), rows) * vocabulary) * c10::elementSize(head.weight_OI.scalar_type());
+}
+
 at::Tensor cross_entropy_sum(const at::Tensor& hidden_TD, const models::Linear& head, const at::Tensor& targets_T,
                              const at::Tensor& keep_T, std::uint64_t dropout_seed, const LossConfig& loss) {
   const Rows kept = kept_rows(hidden_TD, head, targets_T, keep_T);

@@ -47,6 +47,9 @@ at::Tensor cross_entropy_sum(const at::Tensor& hidden_TD, const models::Linear& 
 at::Tensor cross_entropy_of_kept(const at::Tensor& hidden_TD, const models::Linear& head, const at::Tensor& targets_T,
                                  const at::Tensor& keep_T);
 
+/// Bytes that a loss through this head takes besides hidden states and gradients, for so many rows: a chunk of logits, or tiles.
+std::uint64_t head_bytes(const models::Linear& head, std::int64_t rows);
+
 /// Rows of logits in memory at once: about 64 MiB of f32 (what stays cheap to allocate), at least 32, at most 512.
 std::int64_t num_rows_in_chunk(std::int64_t vocabulary_size);
 

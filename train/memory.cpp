@@ -12,7 +12,6 @@ namespace alambic::train {
 namespace {
 
 constexpr std::pair<const char*, models::Keep> kPolicies[] = {{"store", models::Keep::kAll}, {"mlp", models::Keep::kNoMlp}, {"block", models::Keep::kInputs}};
-constexpr double kLostBetween = 1.08;        // what malloc loses between tensors of many sizes, measured on SmolLM2
 constexpr double kShareOfAvailable = 0.85;  // the estimate may be some percent low, and the machine does other things
 
 // Bytes a token that a forward and backward pass takes besides what is kept, while the widest block is at work.
@@ -70,10 +69,8 @@ MemoryEstimate estimate_memory(models::Decoder& decoder, std::uint64_t optimizer
     if (linear.linear->adapter) estimate.trained += 2 * (linear.linear->adapter->a_RI.nbytes() + linear.linear->adapter->b_OR.nbytes());
   const auto tokens = static_cast<double>(batch_tokens);
   const double kept = decoder.fused ? models::kept_bytes_per_token(decoder) + work_per_token(decoder) : aten_bytes_per_token(decoder);
-  estimate.activations = static_cast<std::uint64_t>(kLostBetween * tokens * kept);
-  const auto rows = static_cast<std::uint64_t>(std::min<std::int64_t>(num_rows_in_chunk(model.vocabulary_size), batch_tokens));
-  estimate.head = rows * static_cast<std::uint64_t>(model.vocabulary_size) * c10::elementSize(decoder.head.weight_OI.scalar_type()) +
-                  static_cast<std::uint64_t>(tokens * 3 * static_cast<double>(model.hidden_size)) * c10::elementSize(decoder.compute_type());
+  estimate.activations = static_cast<std::uint64_t>(tokens * kept);
+  estimate.head = head_bytes(decoder.head, batch_tokens) + static_cast<std::uint64_t>(tokens * 3 * static_cast<double>(model.hidden_size)) * c10::elementSize(decoder.compute_type());
   return estimate;
 }
 

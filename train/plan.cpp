@@ -44,6 +44,18 @@ std::string base_format(models::Decoder& decoder) {
 
 }  // namespace
 
+double probe_seconds(const models::Decoder& decoder, const data::Batch& batch, const TrainConfig& config, Optimizer& optimizer) {
+  double seconds = 0;
+  for (int round = 0; round < 2; ++round) {
+    const auto began = std::chrono::steady_clock::now();
+    const at::Tensor hidden_TD = decoder.hidden_TD(input_of(batch, 1, config.neftune_alpha));
+    cross_entropy_sum(hidden_TD, decoder.head, batch.targets_T, batch.keep_T, 1, config.loss).backward();
+    seconds = seconds_since(began);
+    optimizer.forget_gradients();
+  }
+  return seconds;
+}
+
 Json plan(const TrainConfig& given, bool probe) {
   const TrainConfig config = with_token_ids(given);
   use_threads(config);
@@ -71,16 +83,8 @@ Json plan(const TrainConfig& given, bool probe) {
                        " MiB are available; lower data.row_length, data.rows_per_batch or lora.rank, or set memory: block");
 
   Json time = nullptr;
-  if (probe) {  // one micro-batch, forward and backward; the second of two, as the first pays for the pages
-    double seconds = 0;
-    const data::Batch& batch = first_step.front();
-    for (int round = 0; round < 2; ++round) {
-      const auto began = std::chrono::steady_clock::now();
-      const at::Tensor hidden_TD = decoder.hidden_TD(input_of(batch, 1));
-      cross_entropy_sum(hidden_TD, decoder.head, batch.targets_T, batch.keep_T, 1, config.loss).backward();
-      seconds = seconds_since(began);
-    }
-    const double rate = static_cast<double>(batch.tokens_T.numel()) / seconds;
+  if (probe) {
+    const double rate = static_cast<double>(first_step.front().tokens_T.numel()) / probe_seconds(decoder, first_step.front(), config, *optimizer);
     time = {{"tokens_per_second", rate}, {"seconds", static_cast<double>(steps) * step_tokens / rate}, {"measured", true},
             {"note", "steps only; evaluations, samples and checkpoints come on top"}, {"probe_peak_memory", process_memory().peak}};
   }

@@ -2,6 +2,9 @@
 #pragma once
 // Everything `train` would check, and what the run would cost, without training.
 #include "core/json.h"
+#include "data/batch.h"
+#include "models/decoder.h"
+#include "train/optimizer.h"
 #include "train/train_config.h"
 
 namespace alambic::train {
@@ -14,5 +17,8 @@ namespace alambic::train {
 ///   "disk": {"checkpoint", "total", "free"} in bytes; "data": stores with hash, tokens, sources and licences;
 ///   "licence": {"verdict": "open" | "restricted" | "unknown", "reasons": [...]}; "warnings": [...].
 Json plan(const TrainConfig& config, bool probe = true);
+
+/// Seconds of one micro-batch forwards and backwards: the second of two, as the first pays for the pages. No gradient is left.
+double probe_seconds(const models::Decoder& decoder, const data::Batch& batch, const TrainConfig& config, Optimizer& optimizer);
 
 }  // namespace alambic::train

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "models/allocation.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <gtest/gtest.h>
+
+#include <thread>
+
+#include "core/random.h"
+
+namespace alambic {
+namespace {
+
+constexpr std::int64_t kMega = 1 << 20;
+at::Tensor bytes(std::int64_t count) { return at::empty({count}, at::kByte); }
+
+TEST(TensorHeaps, AFreedPlaceServesTheNextTensorOfItsSize) {
+  use_tensor_heaps();
+  at::Tensor first = bytes(kMega);
+  const at::Tensor behind = bytes(kMega);
+  const void* const place = first.const_data_ptr();
+  first.reset();
+  EXPECT_EQ(bytes(kMega).const_data_ptr(), place);
+}
+
+TEST(TensorHeaps, FreeNeighboursBecomeOnePlace) {
+  use_tensor_heaps();
+  at::Tensor first = bytes(kMega), second = bytes(kMega), third = bytes(kMega);
+  const at::Tensor behind = bytes(kMega);
+  const void* const place = first.const_data_ptr();
+  second.reset();
+  first.reset();
+  third.reset();
+  EXPECT_EQ(bytes(3 * kMega).const_data_ptr(), place);
+}
+
+TEST(TensorHeaps, TheBestFittingPlaceIsTaken) {
+  use_tensor_heaps();
+  at::Tensor large = bytes(8 * kMega);
+  const at::Tensor between = bytes(kMega);
+  at::Tensor small = bytes(2 * kMega);
+  const at::Tensor behind = bytes(kMega);
+  const void* const place = small.const_data_ptr();
+  large.reset();
+  small.reset();
+  EXPECT_EQ(bytes(2 * kMega).const_data_ptr(), place);
+}
+
+TEST(TensorHeaps, KeptTensorsDoNotLieAmongOthers) {
+  use_tensor_heaps();
+  at::Tensor hole = bytes(kMega);
+  const at::Tensor behind = bytes(kMega);
+  const void* const place = hole.const_data_ptr();
+  hole.reset();
+  {
+    const KeptTensors own;
+    at::Tensor kept = bytes(kMega);
+    EXPECT_NE(kept.const_data_ptr(), place);
+    const KeptTensors inactive(false);
+    EXPECT_EQ(bytes(kMega).const_data_ptr(), place);
+  }
+  EXPECT_EQ(bytes(kMega).const_data_ptr(), place);
+}
+
+TEST(TensorHeaps, ManyThreadsGetPlacesOfTheirOwn) {
+  use_tensor_heaps();
+  std::atomic<int> wrong = 0;
+  const auto work = [&](std::uint8_t mine) {
+    std::vector<at::Tensor> held;
+    for (std::uint64_t i = 0; i < 400; ++i) {
+      const std::uint64_t draw = mix64(mine * 1000 + i);
+      const KeptTensors kept(draw % 3 == 0);
+      held.push_back(at::full({static_cast<std::int64_t>(1 + draw % (64 << 10))}, mine, at::kByte));
+      if (held.size() < 20) continue;
+      const at::Tensor old = held[draw % held.size()];
+      wrong += old.ne(mine).any().item<bool>();
+      held.erase(held.begin() + static_cast<std::ptrdiff_t>(draw % held.size()));
+    }
+    for (const at::Tensor& tensor : held) wrong += tensor.ne(mine).any().item<bool>();
+  };
+  {
+    std::vector<std::jthread> threads;
+    for (std::uint8_t i = 1; i <= 4; ++i) threads.emplace_back(work, i);
+  }
+  EXPECT_EQ(wrong, 0);
+}
+
+}  // namespace
+}  // namespace alambic
