@@ -259,7 +259,7 @@ Json step(const std::filesystem::path& model, at::ScalarType type, const StepCas
   const auto loss_sum = [&](const data::Batch& own, std::uint64_t seed) {
     return train::cross_entropy_sum(decoder.hidden_TD(train::input_of(own, seed)), decoder.head, own.targets_T, own.keep_T, seed);
   };
-  const double planned = train::probe_seconds(decoder, batch, config, *optimizer);
+  const double planned = train::probe_seconds(loss_sum, batch, *optimizer);
   std::vector<double> losses, seconds;
   for (int i = 0; i < 1 + wanted.steps; ++i) {  // the first one makes the optimiser's state
     const Stopwatch watch;

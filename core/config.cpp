@@ -707,6 +707,13 @@ void detail::read_config_into(const std::filesystem::path& file, const std::vect
   if (!problems.empty()) throw_problems(std::move(problems));
 }
 
+bool has_top_key(const std::filesystem::path& file, const std::vector<std::string>& overrides, const std::string& key) {
+  for (const std::string& assignment : overrides)
+    if (assignment.starts_with(key + ".") || assignment.starts_with(key + "=")) return true;
+  std::vector<Problem> problems;
+  return !file.empty() && parse_yaml(read_file(file, kLargestFile), file.string(), true, problems).find(key) != nullptr;
+}
+
 Json detail::resolved_config_of(const Visit& visit) {
   Resolver resolver;
   visit(resolver);

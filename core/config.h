@@ -109,6 +109,9 @@ Config read_config(const std::filesystem::path& file, const std::vector<std::str
   return config;
 }
 
+/// Whether a config (as read_config takes it) has this key at its top: which of several kinds it is. What is no YAML has none.
+bool has_top_key(const std::filesystem::path& file, const std::vector<std::string>& overrides, const std::string& key);
+
 /// Every field with its value, in order.
 template <class Config>
 Json resolved_config(Config config) {

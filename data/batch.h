@@ -15,6 +15,7 @@ struct Origin {
   std::uint32_t store = 0;      // index into StreamConfig::mixture; 0 in evaluation
   std::uint64_t document = 0;   // number in that store
   std::uint32_t first_token = 0;  // of the document; above 0 in later pieces of a split document
+  std::uint16_t source = 0;       // index into that store's StoreInfo::sources
   bool operator==(const Origin&) const = default;
 };
 

@@ -111,7 +111,7 @@ Batch read_batch(const std::vector<StoreRow>& rows, std::vector<Reader>& readers
         batch.num_kept += *keep++ ? 1 : 0;
       }
       batch.document_lengths.push_back(piece.length);
-      batch.origins.push_back({.store = row.store, .document = piece.document, .first_token = piece.first_token});
+      batch.origins.push_back({.store = row.store, .document = piece.document, .first_token = piece.first_token, .source = document.source});
       on_piece(piece, document);
     }
   }

@@ -40,6 +40,12 @@ Inputs open_inputs(const TrainConfig& config) {
   return inputs;
 }
 
+Json resolved_config_of(const TrainConfig& config, const Inputs& inputs) {
+  Json resolved = resolved_config(config);
+  resolved.update(inputs.sections);
+  return resolved;
+}
+
 Json identity_of(const TrainConfig& config, const Inputs& inputs) {
   Json run = resolved_config(config);
   for (const char* key : {"output", "model", "samples", "checkpoint", "log_every", "threads", "memory"}) run.erase(key);
@@ -49,6 +55,7 @@ Json identity_of(const TrainConfig& config, const Inputs& inputs) {
   run["base_sha256"] = inputs.base_hash;
   for (std::size_t i = 0; i < inputs.learnt.size(); ++i) run["data"]["mixture"][i]["sha256"] = inputs.learnt[i].hash();
   for (std::size_t i = 0; i < inputs.held_out.size(); ++i) run["evaluation"]["stores"][i]["sha256"] = inputs.held_out[i].second.hash();
+  run.update(inputs.sections_identity);
   return {{"run", run}, {"machine", {{"threads", at::get_num_threads()}, {"processor", at::get_cpu_capability()}, {"libtorch", TORCH_VERSION}}}};
 }
 
@@ -66,6 +73,16 @@ Json describe_data(const TrainConfig& config, const Inputs& inputs) {
   return all;
 }
 
+Json describe_contributors(const Inputs& inputs) {
+  Json all = Json::array();
+  for (const Contributor& contributor : inputs.contributors) {
+    Json one = {{"folder", contributor.folder.string()}, {"sha256", contributor.sha256}, {"licence", checkpoints::licence_of_model(contributor.folder).spdx}};
+    one.update(contributor.more);
+    all.push_back(one);
+  }
+  return all;
+}
+
 Json licence_verdict(const TrainConfig& config, const Inputs& inputs) {
   bool unknown = false, restricted = false;
   Json reasons = Json::array();
@@ -74,6 +91,8 @@ Json licence_verdict(const TrainConfig& config, const Inputs& inputs) {
     else if (!licence.permissive) restricted = true, reasons.push_back(what + ": " + licence.spdx + (licence.duty.empty() ? "" : ". " + licence.duty));
   };
   judge(config.model.string(), checkpoints::licence_of_model(config.model));
+  for (const Contributor& contributor : inputs.contributors)
+    if (contributor.sha256 != inputs.base_hash) judge(contributor.folder.string(), checkpoints::licence_of_model(contributor.folder));
   for (const data::TokenStore& store : inputs.learnt)
     for (const data::SourceInfo& source : store.info().sources) judge(store.folder().string() + ": " + source.name, checkpoints::find_licence(source.licence));
   return {{"verdict", restricted ? "restricted" : unknown ? "unknown" : "open"}, {"reasons", reasons}};

@@ -12,6 +12,13 @@
 
 namespace alambic::train {
 
+/// A model besides the base that the result is made from (a teacher): its terms reach the result too.
+struct Contributor {
+  std::filesystem::path folder;
+  std::string sha256;
+  Json more = Json::object();  // further facts for the report
+};
+
 struct Inputs {
   models::ModelConfig model;
   std::string base_hash;       // checkpoints::FolderTensors::hash
@@ -19,11 +26,17 @@ struct Inputs {
   std::vector<data::TokenStore> learnt;                             // in the order of data.mixture
   std::vector<std::pair<std::string, data::TokenStore>> held_out;   // in the order of evaluation.stores
   std::vector<std::string> warnings;
+  /// What a recipe reads besides (train/finetune.h): its own sections of the config, resolved, and what of them identifies the run.
+  std::vector<Contributor> contributors;
+  Json sections = Json::object(), sections_identity = Json::object();
 };
 
 /// Error(kUsage) for a contradictory config; Error(kData) for a store that is damaged, was made with another tokenizer
 /// than the model's (both hashes are shown), or holds ids the model has not.
 Inputs open_inputs(const TrainConfig& config);
+
+/// The whole config, resolved: TrainConfig's fields and a recipe's own sections.
+Json resolved_config_of(const TrainConfig& config, const Inputs& inputs);
 
 /// RunState::identity. "run" holds what must be the same for a resumed run to equal the one that was not stopped (paths
 /// and what only concerns display or retention are left out; data and base stand by their hashes); "machine" what the bits
@@ -33,7 +46,10 @@ Json identity_of(const TrainConfig& config, const Inputs& inputs);
 /// [{"use": "train" | name, "store", "hash", "documents", "tokens", "trained_tokens", "sources": [{name, origin, licence, language}]}]
 Json describe_data(const TrainConfig& config, const Inputs& inputs);
 
-/// {"verdict": "open" | "restricted" | "unknown", "reasons": [...]} over the base and every source that is learnt from.
+/// [{"folder", "sha256", "licence", ...}]: a contributor each.
+Json describe_contributors(const Inputs& inputs);
+
+/// {"verdict": "open" | "restricted" | "unknown", "reasons": [...]} over the base, every contributor and every source that is learnt from.
 Json licence_verdict(const TrainConfig& config, const Inputs& inputs);
 
 }  // namespace alambic::train

@@ -79,8 +79,10 @@ class Loop {
     }
     // JSON has no NaN: a figure that is not finite is written as null, and "applied" says what came of it.
     const auto figure = [](double value) { return std::isfinite(value) ? Json(value) : Json(nullptr); };
-    log_.metrics(progress_.step, "train", {{"loss", figure(report.nats_per_token)}, {"learning_rate", learning_rate}, {"grad_norm", figure(report.grad_norm)},
-                                           {"kept_tokens", report.num_tokens}, {"tokens", progress_.tokens}, {"applied", report.applied}});
+    Json line = {{"loss", figure(report.nats_per_token)}, {"learning_rate", learning_rate}, {"grad_norm", figure(report.grad_norm)},
+                 {"kept_tokens", report.num_tokens}, {"tokens", progress_.tokens}, {"applied", report.applied}};
+    if (parts_.figures) line.update(parts_.figures(report.num_tokens));
+    log_.metrics(progress_.step, "train", line);
     log_.stepped(progress_.step, step_tokens, std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count());
     if (config_.limits.max_tokens > 0 && progress_.tokens >= config_.limits.max_tokens) progress_.ended = "tokens";
     if (progress_.step >= parts_.total_steps) progress_.ended = "steps";
@@ -156,7 +158,7 @@ class Loop {
   [[noreturn]] void stop() {
     save();
     fail(ErrorKind::kStopped, "stopped on request after step ", progress_.step, " of ", parts_.total_steps, "; everything is saved in ", parts_.run.string(),
-         Remedy{"go on with: alambic train, the same config and --resume"});
+         Remedy{"go on with: alambic " + parts_.verb + ", the same config and --resume"});
   }
 
   const TrainConfig& config_;

@@ -43,6 +43,9 @@ struct LoopParts {
   Json identity;              // RunState::identity
   std::int64_t total_steps = 0;
   std::string chosen_by;      // the evaluation whose loss decides; "": the last checkpoint is chosen
+  /// What a recipe tells of the step just made besides its loss, for the step's line in metrics.jsonl; called once a step.
+  std::function<Json(std::int64_t kept_tokens)> figures = {};
+  std::string verb = "train";  // of the command that goes on with a stopped run
 };
 
 /// What travels in a checkpoint besides tensors, and what a finished loop reports.

@@ -44,27 +44,31 @@ std::string base_format(models::Decoder& decoder) {
 
 }  // namespace
 
-double probe_seconds(const models::Decoder& decoder, const data::Batch& batch, const TrainConfig& config, Optimizer& optimizer) {
+double probe_seconds(const LossSum& loss_sum, const data::Batch& batch, Optimizer& optimizer) {
   double seconds = 0;
   for (int round = 0; round < 2; ++round) {
     const auto began = std::chrono::steady_clock::now();
-    const at::Tensor hidden_TD = decoder.hidden_TD(input_of(batch, 1, config.neftune_alpha));
-    cross_entropy_sum(hidden_TD, decoder.head, batch.targets_T, batch.keep_T, 1, config.loss).backward();
+    loss_sum(batch, 1).backward();
     seconds = seconds_since(began);
     optimizer.forget_gradients();
   }
   return seconds;
 }
 
-Json plan(const TrainConfig& given, bool probe) {
+Json plan(const TrainConfig& config, bool probe) { return plan(config, probe, text_recipe(config)); }
+
+Json plan(const TrainConfig& given, bool probe, const Recipe& recipe) {
   const TrainConfig config = with_token_ids(given);
   use_threads(config);
-  const Inputs inputs = open_inputs(config);
+  const Inputs inputs = open_inputs(config, recipe);
   const std::string note = note_on_output(config.output);
   models::Decoder decoder = checkpoints::load_decoder(config.model, compute_type_of(config), quantization_of(config));
+  if (recipe.see_base) recipe.see_base(decoder);
   make_trainable(decoder, config);
   const std::string not_fused = prepare_blocks(decoder, config);
-  const std::unique_ptr<Optimizer> optimizer = make_optimizer(lora::trainable(decoder), config.optimizer);
+  std::vector<models::NamedTensor> trained_tensors = lora::trainable(decoder);
+  const LossSum loss_sum = recipe.loss(decoder, inputs, trained_tensors);
+  const std::unique_ptr<Optimizer> optimizer = make_optimizer(trained_tensors, config.optimizer);
   data::BatchStream batches(stream_config(config), static_cast<std::uint32_t>(inputs.model.vocabulary_size));
   const Sampler sampler(config, decoder);
   require_disk(config, *optimizer, inputs.model.num_parameters());
@@ -77,19 +81,19 @@ Json plan(const TrainConfig& given, bool probe) {
 
   const auto parameters = static_cast<std::uint64_t>(inputs.model.num_parameters()), trained = static_cast<std::uint64_t>(optimizer->num_parameters());
   const MemoryEstimate memory = estimate_memory(decoder, static_cast<std::uint64_t>(optimizer->state_bytes()), config.data.row_length * config.data.rows_per_batch);
-  const std::uint64_t total = memory.total(), available = available_memory();
+  const std::uint64_t besides = recipe.memory ? recipe.memory() : 0, total = memory.total() + besides, available = available_memory();
   if (available > 0 && total > available)
     warnings.push_back("memory: about " + std::to_string(total >> 20) + " MiB are needed, " + std::to_string(available >> 20) +
                        " MiB are available; lower data.row_length, data.rows_per_batch or lora.rank, or set memory: block");
 
   Json time = nullptr;
   if (probe) {
-    const double rate = static_cast<double>(first_step.front().tokens_T.numel()) / probe_seconds(decoder, first_step.front(), config, *optimizer);
+    const double rate = static_cast<double>(first_step.front().tokens_T.numel()) / probe_seconds(loss_sum, first_step.front(), *optimizer);
     time = {{"tokens_per_second", rate}, {"seconds", static_cast<double>(steps) * step_tokens / rate}, {"measured", true},
             {"note", "steps only; evaluations, samples and checkpoints come on top"}, {"probe_peak_memory", process_memory().peak}};
   }
   const std::uint64_t checkpoint = checkpoint_bytes(config, *optimizer, inputs.model.num_parameters());
-  return {{"steps", steps},
+  Json result = {{"steps", steps},
           {"tokens_per_step", step_tokens},
           {"tokens", step_tokens * static_cast<double>(steps)},
           {"model", {{"folder", config.model.string()}, {"family", inputs.model.family->model_type}, {"parameters", parameters}, {"trained_parameters", trained},
@@ -102,6 +106,8 @@ Json plan(const TrainConfig& given, bool probe) {
           {"disk", {{"checkpoint", checkpoint}, {"total", checkpoint * static_cast<std::uint64_t>(config.checkpoint.keep + 2)}, {"free", free_bytes(config.output)}}},
           {"licence", licence_verdict(config, inputs)},
           {"warnings", warnings}};
+  if (!inputs.contributors.empty()) result["memory"]["teachers"] = besides, result["teachers"] = describe_contributors(inputs);
+  return result;
 }
 
 }  // namespace alambic::train

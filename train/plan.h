@@ -3,8 +3,9 @@
 // Everything `train` would check, and what the run would cost, without training.
 #include "core/json.h"
 #include "data/batch.h"
-#include "models/decoder.h"
 #include "train/optimizer.h"
+#include "train/recipe.h"
+#include "train/step.h"
 #include "train/train_config.h"
 
 namespace alambic::train {
@@ -17,8 +18,10 @@ namespace alambic::train {
 ///   "disk": {"checkpoint", "total", "free"} in bytes; "data": stores with hash, tokens, sources and licences;
 ///   "licence": {"verdict": "open" | "restricted" | "unknown", "reasons": [...]}; "warnings": [...].
 Json plan(const TrainConfig& config, bool probe = true);
+/// The same of another recipe; "memory" then has "teachers", and "teachers" tells of each.
+Json plan(const TrainConfig& config, bool probe, const Recipe& recipe);
 
 /// Seconds of one micro-batch forwards and backwards: the second of two, as the first pays for the pages. No gradient is left.
-double probe_seconds(const models::Decoder& decoder, const data::Batch& batch, const TrainConfig& config, Optimizer& optimizer);
+double probe_seconds(const LossSum& loss_sum, const data::Batch& batch, Optimizer& optimizer);
 
 }  // namespace alambic::train

@@ -180,9 +180,9 @@ Json evaluate_all(const TrainConfig& config, const models::Decoder& decoder, con
   return all;
 }
 
-std::optional<Progress> restore(const TrainConfig& config, const LoopParts& parts) {
+std::optional<Progress> restore(const TrainConfig& config, const Inputs& inputs, const LoopParts& parts) {
   const std::optional<std::filesystem::path> newest = checkpoints::newest_checkpoint(config.output);
-  const auto note_config = [&] { write_file(config.output / "config.json", resolved_config(config).dump(2) + "\n"); };
+  const auto note_config = [&] { write_file(config.output / "config.json", resolved_config_of(config, inputs).dump(2) + "\n"); };
   if (!newest) {
     note_config();
     return std::nullopt;
@@ -237,7 +237,8 @@ TrainReport finish(const TrainConfig& config, const Inputs& inputs, const Progre
                  {"evaluation", evaluation},
                  {"data", describe_data(config, inputs)},
                  {"licence", licence_verdict(config, inputs)},
-                 {"config", resolved_config(config)}};
+                 {"config", resolved_config_of(config, inputs)}};
+  if (!inputs.contributors.empty()) report.json["teachers"] = describe_contributors(inputs);
   write_file(config.output / kReport, report.json.dump(2) + "\n");
   log_info("finished after ", report.steps, " steps; step ", report.chosen_step, " is in ", report.result.string());
   return report;

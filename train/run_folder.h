@@ -47,7 +47,7 @@ Json evaluate_all(const TrainConfig& config, const models::Decoder& decoder, con
 
 /// Puts weights, moments and data position of the newest valid checkpoint back; nullopt when there is none. Writes
 /// <run>/config.json. Error(kUsage) lists what differs from the run that wrote it; another thread count or processor is a warning.
-std::optional<Progress> restore(const TrainConfig& config, const LoopParts& parts);
+std::optional<Progress> restore(const TrainConfig& config, const Inputs& inputs, const LoopParts& parts);
 
 /// LoRA: <folder>/adapter. Full, and LoRA with restarts: nothing, as the checkpoint's own tensors are (or make) the weights.
 void write_result(const TrainConfig& config, models::Decoder& decoder, const Inputs& inputs, const std::filesystem::path& folder);

@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+// What all recipes on the one loop do in the same way: open and check, load, attach or free what trains, resume, run, write the
+// result. A recipe adds its loss, and what that needs.
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "lora/adapter.h"
+#include "train/finetune.h"
+#include "train/inputs.h"
+#include "train/step.h"
+
+namespace alambic::train {
+
+struct Recipe {
+  std::string verb = "train";
+  /// Opens what the recipe reads besides base and data, checks it against them and notes it in the inputs. Nothing large is loaded yet.
+  std::function<void(Inputs&)> open = {};
+  /// Sees the decoder as it was loaded, before anything of it is made to train.
+  std::function<void(const models::Decoder&)> see_base = {};
+  /// The loss of the decoder, which is ready to train and stays where it is; further tensors to train may be added to the list.
+  std::function<LossSum(models::Decoder&, const Inputs&, std::vector<models::NamedTensor>& trained)> loss;
+  /// LoopParts::figures.
+  std::function<Json(std::int64_t kept_tokens)> figures = {};
+  /// Bytes that the recipe takes besides the decoder and its training; asked after `loss`.
+  std::function<std::uint64_t()> memory = {};
+};
+
+/// finetune() with another loss.
+TrainReport run_recipe(const TrainConfig& config, bool resume, const std::function<bool()>& stop_requested, const Recipe& recipe);
+
+/// Cross-entropy on the kept tokens: what finetune() trains by.
+Recipe text_recipe(const TrainConfig& config);
+
+/// The inputs of a run, a recipe's included.
+Inputs open_inputs(const TrainConfig& config, const Recipe& recipe);
+
+}  // namespace alambic::train
