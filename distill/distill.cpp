@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "distill/distill.h"
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/nonzero.h>
+
+#include <cmath>
+#include <memory>
+#include <numeric>
+
+#include "core/config.h"
+#include "core/error.h"
+#include "distill/imitation.h"
+#include "train/plan.h"
+#include "train/recipe.h"
+
+namespace alambic::distill {
+namespace {
+
+// What a run holds between its steps.
+struct Classroom {
+  std::vector<Teacher> teachers;
+  models::Decoder outside;  // of the student's linear layers, as loaded
+  Nats nats;                // of the step that is being made
+};
+
+// A teacher's weight on each kept row, such that those of all teachers come to 1 where there is one.
+std::vector<at::Tensor> weights_of(const std::vector<Teacher>& teachers, const data::Batch& batch, const at::Tensor& index_K) {
+  std::vector<at::Tensor> weights_T(teachers.size());
+  for (at::Tensor& weights : weights_T) weights = at::empty({batch.tokens_T.numel()}, at::kFloat);
+  std::int64_t first = 0;
+  for (std::size_t document = 0; document < batch.document_lengths.size(); ++document) {
+    double total = 0;
+    for (const Teacher& teacher : teachers) total += teacher.weight_of(batch.origins[document]);
+    for (std::size_t i = 0; i < teachers.size(); ++i)
+      weights_T[i].narrow(0, first, batch.document_lengths[document]).fill_(total == 0 ? 0 : teachers[i].weight_of(batch.origins[document]) / total);
+    first += batch.document_lengths[document];
+  }
+  for (at::Tensor& weights : weights_T) weights = weights.index_select(0, index_K);
+  return weights_T;
+}
+
+std::vector<TeacherRows> listen(std::vector<Teacher>& teachers, const data::Batch& batch) {
+  const at::Tensor index_K = batch.keep_T.nonzero().squeeze(1);
+  const std::vector<at::Tensor> weights_K = weights_of(teachers, batch, index_K);
+  std::vector<TeacherRows> rows;
+  for (std::size_t i = 0; i < teachers.size(); ++i)
+    if (weights_K[i].ne(0).any().item<bool>()) rows.push_back({.head = &teachers[i].head(), .hidden_KD = teachers[i].hidden_KD(batch, index_K), .weights_K = weights_K[i]});
+  return rows;
+}
+
+train::Recipe recipe_of(const DistillConfig& config) {
+  const auto room = std::make_shared<Classroom>();
+  return {
+      .verb = "distill",
+      .open = [=](train::Inputs& inputs) {
+        inputs.sections = {{"distill", resolved_config(config)["distill"]}};
+        Json settings = inputs.sections["distill"];
+        for (Json& teacher : settings["teachers"]) teacher.erase("model"), teacher.erase("adapter");  // their hashes stand for them
+        inputs.sections_identity = {{"distill", settings}, {"teachers", Json::array()}};
+        for (const TeacherConfig& teacher : config.distill.teachers) room->teachers.emplace_back(teacher, config.train, inputs);
+      },
+      .see_base = [=](const models::Decoder& loaded) { room->outside = outside_of_linears(loaded); },
+      .loss = [=](models::Decoder& student, const train::Inputs&, std::vector<models::NamedTensor>&) -> train::LossSum {
+        Mix mix{.cross_entropy = 1 - config.distill.alpha, .divergence = config.distill.alpha, .text = config.train.loss, .imitation = config.distill.divergence,
+                .shared_vocabulary = student.config.vocabulary_size};
+        if (mix.divergence == 0) room->teachers.clear();  // nobody listens to them
+        for (Teacher& teacher : room->teachers) teacher.load(student, room->outside), mix.shared_vocabulary = std::min(mix.shared_vocabulary, teacher.shared_vocabulary());
+        return [=, &student](const data::Batch& batch, std::uint64_t dropout_seed) {
+          // The teachers first: one that is the student's base uses the student's memory.
+          const std::vector<TeacherRows> signal = listen(room->teachers, batch);
+          const at::Tensor hidden_TD = student.hidden_TD(train::input_of(batch, dropout_seed, config.train.neftune_alpha));
+          return imitation_sum(hidden_TD, student.head, batch.targets_T, batch.keep_T, dropout_seed, mix, signal, room->nats);
+        };
+      },
+      .figures = [=](std::int64_t kept_tokens) {
+        const auto figure = [&](double nats) { return std::isfinite(nats) ? Json(nats / static_cast<double>(kept_tokens)) : Json(nullptr); };
+        const Nats nats = std::exchange(room->nats, {});
+        return Json{{"cross_entropy", figure(nats.cross_entropy)}, {"divergence", figure(nats.divergence)}};
+      },
+      .memory = [=] {
+        return std::accumulate(room->teachers.begin(), room->teachers.end(), std::uint64_t{0}, [](std::uint64_t sum, const Teacher& teacher) { return sum + teacher.num_bytes(); });
+      },
+  };
+}
+
+}  // namespace
+
+void SignalConfig::visit(FieldVisitor& fields) {
+  fields.list("teachers", teachers, {.help = "models whose distributions the student learns", .required = true});
+  fields.field("alpha", alpha, {.help = "the loss is (1 - alpha) cross-entropy + alpha divergence", .low = 0, .high = 1});
+  divergence.visit(fields);
+}
+
+void DistillConfig::visit(FieldVisitor& fields) {
+  train.visit(fields);
+  fields.group("distill", "what the student learns from besides the text", distill);
+}
+
+void check(const DistillConfig& config) {
+  if (config.distill.teachers.empty()) fail(ErrorKind::kUsage, "distill.teachers: no teacher to learn from");
+  train::check(config.train);
+}
+
+train::TrainReport distill(const DistillConfig& config, bool resume, const std::function<bool()>& stop_requested) {
+  check(config);
+  return train::run_recipe(config.train, resume, stop_requested, recipe_of(config));
+}
+
+Json plan(const DistillConfig& config, bool probe) {
+  check(config);
+  return train::plan(config.train, probe, recipe_of(config));
+}
+
+}  // namespace alambic::distill
