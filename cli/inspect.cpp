@@ -19,6 +19,7 @@
 #include "data/prepare.h"
 #include "data/token_store.h"
 #include "data/tokenizer.h"
+#include "distill/distill.h"
 #include "models/config.h"
 #include "train/train_config.h"
 
@@ -192,6 +193,7 @@ Json inspect_config(const fs::path& path) {
       return {Json(), error.what()};
     }
   };
+  if (has_top_key(path, {}, "distill")) return {{"kind", "config"}, {"of", "distill"}, {"config", resolved_config(read_config<distill::DistillConfig>(path))}};
   const auto [train, train_problems] = attempt("train", static_cast<train::TrainConfig*>(nullptr));
   if (train_problems.empty()) return train;
   const auto [prepare, prepare_problems] = attempt("prepare", static_cast<data::PrepareConfig*>(nullptr));

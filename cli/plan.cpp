@@ -5,6 +5,7 @@
 
 #include "cli/figures.h"
 #include "cli/verbs.h"
+#include "distill/distill.h"
 
 namespace alambic::cli {
 namespace {
@@ -21,8 +22,9 @@ std::string readable(const std::string& group, const std::string& key, const Jso
 int run_plan(const Arguments& arguments, const Terminal& terminal) {
   std::vector<std::string> overrides = arguments.texts("set");
   if (arguments.has("threads")) overrides.push_back("threads=" + arguments.text("threads"));
-  const auto config = read_config<train::TrainConfig>(arguments.positional(0), overrides);
-  const Json plan = train::plan(config, !arguments.has("no-probe"));
+  const bool probe = !arguments.has("no-probe");
+  const Json plan = has_top_key(arguments.positional(0), overrides, "distill") ? distill::plan(read_config<distill::DistillConfig>(arguments.positional(0), overrides), probe)
+                                                                               : train::plan(read_config<train::TrainConfig>(arguments.positional(0), overrides), probe);
   if (arguments.has("json")) {
     print_json(terminal, plan);
     return 0;
@@ -37,6 +39,10 @@ int run_plan(const Arguments& arguments, const Terminal& terminal) {
         for (const Json& source : store.value("sources", Json::array()))
           out << "    " << printable(source.value("name", "")) << ": licence " << (source.value("licence", "").empty() ? "unknown" : printable(source.value("licence", ""))) << "\n";
       }
+    } else if (key == "teachers") {
+      out << "teachers\n";
+      for (const Json& teacher : value) out << "  " << printable(teacher.value("folder", "")) << ": " << grouped(teacher.value("parameters", Json())) << " parameters, licence "
+                                            << (teacher.value("licence", "").empty() ? "unknown" : printable(teacher.value("licence", ""))) << "\n";
     } else if (key == "licence") {
       out << "licence: " << value.value("verdict", "") << "\n";
       for (const Json& reason : value.value("reasons", Json::array())) out << "  " << printable(reason.get<std::string>()) << "\n";
@@ -56,9 +62,9 @@ int run_plan(const Arguments& arguments, const Terminal& terminal) {
 
 Verb plan_verb() {
   return {.name = "plan",
-          .summary = "everything train would check, and what a run would cost",
-          .description = "Checks config, model, stores and licences as train does, and tells steps, memory, time and disk, without training. Nothing is written.",
-          .positionals = {{.name = "CONFIG", .help = "a YAML file, as for train"}},
+          .summary = "everything train or distill would check, and what a run would cost",
+          .description = "Checks config, model, stores and licences as train does (or distill, where CONFIG has its section: alambic distill --help), and tells steps, memory, time and disk, without training. Nothing is written.",
+          .positionals = {{.name = "CONFIG", .help = "a YAML file, as for train or distill"}},
           .options = {{.name = "no-probe", .help = "do not measure one micro-batch; time then stays unknown"}, set_option(), json_option(), threads_option()},
           .examples = {{"alambic plan run.yaml", "before a long run"}},
           .run = run_plan,

@@ -7,14 +7,8 @@
 #include "train/stop_signals.h"
 
 namespace alambic::cli {
-namespace {
 
-int run_train(const Arguments& arguments, const Terminal& terminal) {
-  std::vector<std::string> overrides = arguments.texts("set");
-  if (arguments.has("threads")) overrides.push_back("threads=" + arguments.text("threads"));
-  const auto config = read_config<train::TrainConfig>(arguments.positional(0), overrides);
-  const train::StopSignals signals;
-  const train::TrainReport report = train::finetune(config, arguments.has("resume"), train::StopSignals::stop_requested);
+int print_run_report(const train::TrainReport& report, const Arguments& arguments, const Terminal& terminal) {
   if (arguments.has("json")) {
     print_json(terminal, report.json);
     return 0;
@@ -28,6 +22,16 @@ int run_train(const Arguments& arguments, const Terminal& terminal) {
                    << ", loss " << of("before", "loss") << " -> " << of("after", "loss") << "\n";
     }
   return 0;
+}
+
+namespace {
+
+int run_train(const Arguments& arguments, const Terminal& terminal) {
+  std::vector<std::string> overrides = arguments.texts("set");
+  if (arguments.has("threads")) overrides.push_back("threads=" + arguments.text("threads"));
+  const auto config = read_config<train::TrainConfig>(arguments.positional(0), overrides);
+  const train::StopSignals signals;
+  return print_run_report(train::finetune(config, arguments.has("resume"), train::StopSignals::stop_requested), arguments, terminal);
 }
 
 }  // namespace

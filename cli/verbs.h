@@ -6,9 +6,14 @@
 #include "cli/options.h"
 #include "core/json.h"
 
+namespace alambic::train {
+struct TrainReport;
+}
+
 namespace alambic::cli {
 
 Verb completion_verb();
+Verb distill_verb();
 Verb doctor_verb();
 Verb evaluate_verb();
 Verb extend_verb();
@@ -34,6 +39,9 @@ Option set_option();
 Option threads_option();
 /// Makes libtorch use --threads, where it was given.
 void apply_threads(const Arguments& arguments);
+
+/// What train and distill end with: the report itself with --json, else where the result is and its figures. Returns 0.
+int print_run_report(const train::TrainReport& report, const Arguments& arguments, const Terminal& terminal);
 
 /// One JSON object on a line of its own. Error(kBug) for a number that JSON cannot hold.
 void print_json(const Terminal& terminal, const Json& object);

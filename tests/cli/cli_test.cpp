@@ -103,7 +103,7 @@ fs::path* CommandLine::root_ = nullptr;
 
 TEST_F(CommandLine, UnknownVerbsAndOptions) {
   EXPECT_TRUE(refuses({"scroe"}, 2, "alambic: unknown verb scroe; did you mean score?\n  remedy: alambic --help lists the verbs\n"));
-  EXPECT_TRUE(refuses({"distill"}, 2, "alambic: unknown verb distill"));
+  EXPECT_TRUE(refuses({"distil"}, 2, "alambic: unknown verb distil; did you mean distill?"));
   EXPECT_TRUE(refuses({"\x1b[31m"}, 2, "unknown verb \\x1b[31m"));
   EXPECT_TRUE(refuses({"--modle"}, 2, "alambic: unknown option --modle before the verb"));
   EXPECT_TRUE(refuses({"help", "tran"}, 2, "unknown verb tran; did you mean train?"));

@@ -9,6 +9,7 @@
 #include "core/error.h"
 #include "core/files.h"
 #include "data/prepare.h"
+#include "distill/distill.h"
 #include "train/train_config.h"
 
 namespace alambic::cli {
@@ -32,6 +33,8 @@ std::pair<int, std::string> call(const std::vector<std::string>& words) {
 
 bool is_for_train(const fs::path& config) { return read_file(config).find("\nmodel:") != std::string::npos; }
 
+bool is_for_distill(const fs::path& config) { return has_top_key(config, {}, "distill"); }
+
 // Every key of a resolved config as --help writes it: "data.mixture.N.store".
 std::set<std::string> leaves(const Json& value, const std::string& path) {
   std::set<std::string> all;
@@ -46,21 +49,24 @@ std::set<std::string> leaves(const Json& value, const std::string& path) {
 }
 
 TEST(Configs, AreReadStrictlyAndExplainedByHelp) {
-  const std::string train_help = call({"train", "--help"}).second, prepare_help = call({"prepare", "--help"}).second;
+  const std::string train_help = call({"train", "--help"}).second, distill_help = call({"distill", "--help"}).second, prepare_help = call({"prepare", "--help"}).second;
   std::size_t num_train = 0, num_prepare = 0;
   for (const fs::path& path : configs()) {
     SCOPED_TRACE(path.string());
     Json resolved;
     if (is_for_train(path)) {
       ++num_train;
-      const auto config = read_config<train::TrainConfig>(path);
-      train::check(config);
-      resolved = resolved_config(config);
+      const auto read = [&]<class Config>(Config config) {
+        check(config);
+        resolved = resolved_config(config);
+      };
+      if (is_for_distill(path)) read(read_config<distill::DistillConfig>(path));
+      else read(read_config<train::TrainConfig>(path));
     } else {
       ++num_prepare;
       resolved = resolved_config(read_config<data::PrepareConfig>(path));
     }
-    const std::string& help = is_for_train(path) ? train_help : prepare_help;
+    const std::string& help = is_for_distill(path) ? distill_help : is_for_train(path) ? train_help : prepare_help;
     const std::set<std::string> keys = leaves(resolved, "");
     EXPECT_GT(keys.size(), 5u);
     for (const std::string& key : keys) EXPECT_NE(help.find("\n  " + key + "  ("), std::string::npos) << key << " is not explained by --help";
