@@ -40,7 +40,7 @@ Hdf5Handle made(hid_t id, herr_t (*close)(hid_t), const std::string& what) {
 }
 
 [[noreturn]] void refuse(const std::filesystem::path& path, const std::string& why) {
-  fail(ErrorKind::kData, path.string(), ": not a shard of a token store: ", why, Remedy{"make the store again with alambic prepare"});
+  fail(ErrorKind::kData, path.string(), ": not an HDF5 file as alambic writes it: ", why, Remedy{"copy its folder again, or make it again"});
 }
 
 std::uint64_t little_endian(const unsigned char* bytes) {
@@ -182,7 +182,7 @@ void read_column(hid_t column, const std::filesystem::path& path, const std::str
   const hsize_t start = begin, length = count;
   const Hdf5Handle memory(H5Screate_simple(1, &length, nullptr), H5Sclose, what);
   if (H5Sselect_hyperslab(space, H5S_SELECT_SET, &start, nullptr, &length, nullptr) < 0 || H5Dread(column, type, memory, space, H5P_DEFAULT, into) < 0)
-    fail(ErrorKind::kData, what, Remedy{"copy the store again, or make it again with alambic prepare"});
+    fail(ErrorKind::kData, what, Remedy{"copy its folder again, or make it again"});
 }
 
 }  // namespace alambic::data

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-// The little of HDF5's C interface that the token store needs, with handles that close themselves. Not every build of the
-// library is safe with threads: every function here must be called with hdf5_mutex() held.
+// The little of HDF5's C interface that token stores and teacher caches need, with handles that close themselves. Not every
+// build of the library is safe with threads: every function here must be called with hdf5_mutex() held.
 #include <hdf5.h>
 
 #include <cstdint>

@@ -12,6 +12,7 @@
 #include "core/error.h"
 #include "core/files.h"
 #include "data/hdf5.h"
+#include "data/sealed_json.h"
 
 namespace alambic::data {
 namespace {
@@ -23,7 +24,6 @@ constexpr std::uint64_t kMaxShardBytes = 1ull << 40;
 constexpr std::size_t kCacheBytes = 64ull << 20;
 constexpr std::size_t kMaxOpenShards = 32;
 constexpr std::uint64_t kDocumentsPerStart = 64;
-constexpr const char* kHashKey = "index_sha256";
 
 enum Column : std::size_t { kIds, kMask, kOffsets, kSource, kNumBytes, kNumWords, kNumColumns };
 const std::vector<std::string> kColumnNames = {"ids", "mask", "offsets", "source", "num_bytes", "num_words"};
@@ -63,12 +63,6 @@ struct ShardEntry {
 };
 
 // ---- index.json and part.json ----
-
-std::uint64_t require_count(const Json& object, std::string_view key, const std::string& source) {
-  const auto value = require<std::int64_t>(object, key, source);
-  if (value < 0) fail(ErrorKind::kData, source, ": \"", key, "\" must not be negative, got ", value);
-  return static_cast<std::uint64_t>(value);
-}
 
 Json totals_to_json(const StoreTotals& totals) {
   return {{"documents", totals.documents}, {"tokens", totals.tokens}, {"trained_tokens", totals.trained_tokens}, {"bytes", totals.bytes}, {"words", totals.words}};
@@ -124,12 +118,7 @@ Json entry_to_json(const ShardEntry& entry) {
   return {{"file", entry.file}, {"sha256", entry.sha256}, {"file_bytes", entry.file_bytes}, {"totals", totals_to_json(entry.totals)}, {"min_id", entry.min_id}, {"max_id", entry.max_id}};
 }
 
-bool is_shard_name(const std::string& name) {  // tokens-PPPPP-SSSSSS.h5
-  constexpr std::string_view pattern = "tokens-#####-######.h5";
-  return name.size() == pattern.size() && std::equal(name.begin(), name.end(), pattern.begin(), [](char letter, char wanted) {
-           return wanted == '#' ? letter >= '0' && letter <= '9' : letter == wanted;
-         });
-}
+bool is_shard_name(const std::string& name) { return has_form(name, "tokens-#####-######.h5"); }
 
 ShardEntry entry_from_json(const Json& json, std::uint32_t vocabulary_size, const std::string& source) {
   ShardEntry entry;
@@ -150,62 +139,11 @@ ShardEntry entry_from_json(const Json& json, std::uint32_t vocabulary_size, cons
   return entry;
 }
 
-// The text carries its own SHA-256, taken with 64 zeros in its place: a flipped byte anywhere is seen.
-std::string sealed(Json index) {
-  Json first = Json::object();
-  first[kHashKey] = std::string(64, '0');
-  first.update(index);
-  std::string text = first.dump(1) + "\n";
-  text.replace(text.find(std::string(64, '0')), 64, sha256_of(text));
-  return text;
+Json read_index(const fs::path& path, std::string* hash = nullptr) {
+  return read_sealed(path, {.name = kFormat, .version = kVersion, .what = "the index of a token store", .remedy = "copy the store again, or make it again with alambic prepare"}, hash);
 }
 
-Json read_sealed(const fs::path& path, std::string* hash = nullptr) {
-  const std::string source = path.string();
-  std::string text = read_file(path, 1ull << 30);
-  if (hash) *hash = sha256_of(text);
-  const Json index = parse_json(text, source);
-  if (!index.is_object() || value_or<std::string>(index, "format", "", source) != kFormat) fail(ErrorKind::kData, source, ": not the index of a token store");
-  const auto version = require<std::int64_t>(index, "version", source);
-  if (version > kVersion) fail(ErrorKind::kData, source, ": format version ", version, ", this program reads up to ", kVersion, Remedy{"use a newer alambic"});
-  const auto seal = require<std::string>(index, kHashKey, source);
-  const std::size_t at = text.find(seal);
-  if (seal.size() == 64 && at != std::string::npos) text.replace(at, 64, std::string(64, '0'));
-  if (version != kVersion || sha256_of(text) != seal) fail(ErrorKind::kData, source, ": damaged: its own SHA-256 does not fit", Remedy{"copy the store again, or make it again with alambic prepare"});
-  return index;
-}
-
-// "sources[0].licence: was "MIT", now "Apache-2.0"": the first difference, for a person.
-std::string first_difference(const Json& was, const Json& now, const std::string& path = "") {
-  if (was.is_object() && now.is_object()) {
-    for (const auto& [key, value] : was.items()) {
-      const auto other = now.find(key);
-      const std::string inner = path.empty() ? key : path + "." + key;
-      if (other == now.end()) return inner + ": was " + to_line(value) + ", now absent";
-      if (value != *other) return first_difference(value, *other, inner);
-    }
-    for (const auto& [key, value] : now.items())
-      if (!was.contains(key)) return (path.empty() ? key : path + "." + key) + ": was absent, now " + to_line(value);
-  }
-  if (was.is_array() && now.is_array() && was.size() == now.size()) {
-    for (std::size_t i = 0; i < was.size(); ++i)
-      if (was[i] != now[i]) return first_difference(was[i], now[i], path + "[" + std::to_string(i) + "]");
-  }
-  return path + ": was " + to_line(was).substr(0, 200) + ", now " + to_line(now).substr(0, 200);
-}
-
-void require_same(const Json& index, const Json& header, const fs::path& folder) {
-  Json was = Json::object();
-  for (const auto& [key, value] : header.items()) was[key] = index.contains(key) ? index[key] : Json(nullptr);
-  if (was != header)
-    fail(ErrorKind::kUsage, folder.string(), ": holds a token store made with other settings or inputs: ", first_difference(was, header),
-         Remedy{"choose another output folder, or remove this one"});
-}
-
-std::string padded(std::uint64_t number, std::size_t width) {
-  const std::string digits = std::to_string(number);
-  return std::string(width > digits.size() ? width - digits.size() : 0, '0') + digits;
-}
+void require_same(const Json& index, const Json& header, const fs::path& folder) { require_same_header(index, header, folder, "a token store"); }
 
 fs::path part_folder(const fs::path& folder, std::uint32_t part) { return folder / (".part-" + padded(part, 5)); }
 
@@ -258,7 +196,7 @@ void TokenStoreWriter::State::open() {
   // Looked at again under the lock: the last of several parts may have published in between.
   if (fs::exists(index_path())) {
     lock.reset();
-    const Json index = read_sealed(index_path());
+    const Json index = read_index(index_path());
     require_same(index, header, folder);
     remove_part_folders();
     const std::string mine = "tokens-" + padded(part, 5) + "-";
@@ -269,7 +207,7 @@ void TokenStoreWriter::State::open() {
     part_complete = store_complete = true;
   } else if (fs::exists(part_index_path())) {
     const std::string where = part_index_path().string();
-    const Json index = read_sealed(part_index_path());
+    const Json index = read_index(part_index_path());
     require_same(index, header, folder);
     for (const Json& json : require<Json>(index, "shards", where)) {
       ShardEntry entry = entry_from_json(json, info.vocabulary_size, where);
@@ -354,7 +292,7 @@ void TokenStoreWriter::State::publish() const {
     for (std::uint32_t other = 0; other < num_parts; ++other) {
       const fs::path path = part_folder(folder, other) / "part.json";
       if (!fs::exists(path)) return;  // not begun, or published by another process already
-      const Json part_index = read_sealed(path);
+      const Json part_index = read_index(path);
       require_same(part_index, header, folder);
       if (!require<bool>(part_index, "complete", path.string())) return;
       for (const Json& json : require<Json>(part_index, "shards", path.string())) {
@@ -597,7 +535,7 @@ TokenStore::TokenStore(const fs::path& folder) : state_(std::make_unique<State>(
     if (begun) fail(ErrorKind::kData, folder.string(), ": unfinished token store: not every part is complete", Remedy{"run the same alambic prepare again; it goes on where it was"});
     fail(ErrorKind::kData, folder.string(), ": not a token store: it has no index.json", Remedy{"make one with alambic prepare"});
   }
-  const Json index = read_sealed(index_path, &state.hash);
+  const Json index = read_index(index_path, &state.hash);
   state.info = info_from_json(index, where);
   state.recipe = require<Json>(index, "recipe", where);
   state.totals = totals_from_json(require<Json>(index, "totals", where), where);
