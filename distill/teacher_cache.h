@@ -89,12 +89,12 @@ class TeacherCacheWriter {
 
 /// What a training run demands of a cache.
 struct CacheUse {
-  std::vector<std::string> store_hashes;  // of the mixture: data::Origin::store is an index into it
-  std::string tokenizer_hash;             // of the student; "" = unknown
+  std::vector<std::string> store_hashes = {};  // of the mixture: data::Origin::store is an index into it
+  std::string tokenizer_hash = {};        // of the student; "" = unknown
   std::int64_t vocabulary_size = 0;       // of the student's head; 0 = unknown
   std::int64_t row_length = 0;
   bool split_long = false;
-  std::string teacher_hash;               // "" = any teacher
+  std::string teacher_hash = {};          // "" = any teacher
   std::optional<double> temperature = std::nullopt;
 };
 
