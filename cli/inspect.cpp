@@ -20,6 +20,7 @@
 #include "data/token_store.h"
 #include "data/tokenizer.h"
 #include "distill/distill.h"
+#include "distill/teacher_cache.h"
 #include "models/config.h"
 #include "train/train_config.h"
 
@@ -135,6 +136,16 @@ Json inspect_store(const fs::path& folder) {
           {"recipe", store.recipe()}};
 }
 
+Json inspect_cache(const fs::path& folder) {
+  const distill::TeacherCache cache(folder);
+  const distill::CacheTotals& totals = cache.totals();
+  Json report = {{"kind", "teacher_cache"}, {"hash", cache.hash()}, {"shards", cache.num_shards()}, {"documents", totals.documents}, {"rows", totals.rows}, {"bytes", cache.file_bytes()},
+                 {"bytes_per_row", totals.rows > 0 ? Json(static_cast<double>(cache.file_bytes()) / static_cast<double>(totals.rows)) : Json(nullptr)}};
+  const Json header = distill::to_json(cache.header());
+  for (const auto& [key, value] : header.items()) report[key == "kind" ? "signal" : key] = value;
+  return report;
+}
+
 Json inspect_gguf(const fs::path& path) {
   const checkpoints::GgufFile file(path);
   Tally tally;
@@ -210,10 +221,11 @@ Json inspect(const fs::path& path) {
     if (fs::exists(path / "adapter_config.json")) return inspect_adapter(path);
     if (is_run(path)) return inspect_run(path);
     if (fs::exists(path / "index.json")) return inspect_store(path);
+    if (distill::is_teacher_cache(path)) return inspect_cache(path);
     if (fs::exists(path / "state.safetensors")) return inspect_checkpoint(path);
     if (fs::exists(path / "config.json")) return inspect_model(path);
     fail(ErrorKind::kData, name, ": none of the folders alambic knows: no config.json, adapter_config.json, index.json or state.safetensors in it",
-         Remedy{"a model, an adapter, a token store, a run or a checkpoint can be inspected"});
+         Remedy{"a model, an adapter, a token store, a teacher cache, a run or a checkpoint can be inspected"});
   }
   if (!fs::is_regular_file(path)) fail(ErrorKind::kData, name, ": neither a regular file nor a folder");
   const std::string first = first_bytes(path);
@@ -258,8 +270,8 @@ int run_inspect(const Arguments& arguments, const Terminal& terminal) {
 
 Verb inspect_verb() {
   return {.name = "inspect",
-          .summary = "what a model, adapter, token store, GGUF file, run or config holds",
-          .description = "Recognises a model folder, an adapter, a token store, a run or one of its checkpoints, a GGUF or safetensors file, or a config in YAML, checks it as "
+          .summary = "what a model, adapter, token store, teacher cache, GGUF file, run or config holds",
+          .description = "Recognises a model folder, an adapter, a token store, a teacher cache, a run or one of its checkpoints, a GGUF or safetensors file, or a config in YAML, checks it as "
                          "the other verbs would, and shows what it holds.",
           .positionals = {{.name = "PATH", .help = "the file or folder"}},
           .options = {json_option()},

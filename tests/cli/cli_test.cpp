@@ -21,6 +21,7 @@
 #include "cli/run.h"
 #include "cli/verbs.h"
 #include "core/error.h"
+#include "distill/write_cache.h"
 #include "tests/cli/tiny_model.h"
 #include "tests/support.h"
 
@@ -639,7 +640,19 @@ TEST_F(CommandLine, InspectTellsWhatThingsAre) {
   EXPECT_EQ(config["config"]["data"]["row_length"], 16);
   const std::string prepare = yaml("p.yaml", "tokenizer: a\noutput: b\nsources: [{name: n, paths: [x]}]\n");
   EXPECT_EQ(object_of(call({"inspect", prepare, "--json"}))["of"], "prepare");
-  for (const std::string& path : {there("model"), there("adapter"), there("store"), there("model/model.safetensors"), train_yaml()}) EXPECT_EQ(call({"inspect", path}).code, 0) << path;
+  distill::CacheConfig cache;
+  cache.model = there("model");
+  cache.stores = {{.store = there("store")}};
+  cache.output = scratch_ / "cache";
+  cache.compute_type = "f32";
+  cache.threads = 1;
+  distill::write_cache(cache, [] { return false; });
+  const Json cached = object_of(call({"inspect", cache.output.string(), "--json"}));
+  EXPECT_EQ(cached["kind"], "teacher_cache");
+  EXPECT_EQ(cached["rows"], 44);
+  EXPECT_EQ(cached["signal"], "sampled");
+  EXPECT_EQ(cached["teacher"]["licence"], "Apache-2.0");
+  for (const std::string& path : {there("model"), there("adapter"), there("store"), cache.output.string(), there("model/model.safetensors"), train_yaml()}) EXPECT_EQ(call({"inspect", path}).code, 0) << path;
 }
 
 TEST_F(CommandLine, InspectMistakes) {
