@@ -5,6 +5,7 @@
 //   alambic_bench stream FOLDER                       tokens/s of packed batches
 //   alambic_bench resume FOLDER                       seconds from opening to the first batch, behind half an epoch
 //   alambic_bench resume-simulated                    the same at sample 10^12 of a corpus that is a function
+//   alambic_bench teacher-cache FOLDER sampled|top_k  MB/s and tokens/s of a cache written without a teacher, and read by batches
 //   alambic_bench load MODEL f32|bf16                 seconds to weights in memory
 //   alambic_bench step MODEL f32|bf16 [KEY=VALUE...]  tokens/s of training steps; keys: see StepCase
 // Threads: OMP_NUM_THREADS.
@@ -28,6 +29,7 @@
 #include "core/json.h"
 #include "core/random.h"
 #include "data/batch_stream.h"
+#include "distill/teacher_cache.h"
 #include "lora/adapter.h"
 #include "lora/quantize.h"
 #include "models/allocation.h"
@@ -97,11 +99,11 @@ data::Document document_of(std::uint64_t number) {
   return document;
 }
 
-Json make_store(const std::filesystem::path& folder) {
+Json make_store(const std::filesystem::path& folder, std::uint64_t num_documents) {
   if (!std::filesystem::exists(folder / "index.json")) {
     data::TokenStoreWriter writer(folder, {.tokenizer_hash = std::string(64, '0'), .vocabulary_size = 49'152,
                                            .sources = {{.name = "bench", .origin = "bench/measure.cpp", .licence = "CC0-1.0", .language = "en"}}});
-    for (std::uint64_t i = writer.committed_documents(); i < 60'000; ++i) writer.append(document_of(i));
+    for (std::uint64_t i = writer.committed_documents(); i < num_documents; ++i) writer.append(document_of(i));
     writer.finish();
   }
   const data::TokenStore store(folder);
@@ -138,6 +140,76 @@ Json resume(const std::filesystem::path& folder) {
   batches.restore(state);
   batches.next_step();
   return {{"value", watch.seconds()}, {"unit", "s"}, {"sample", state["counts"]["documents"]}};
+}
+
+// Signals that a teacher could have given, of ids as likely as in document_of(): sorted and packed before the clock runs.
+std::vector<distill::PieceSignal> signal_of(const distill::SignalForm& form, std::int64_t rows, std::uint64_t seed) {
+  std::vector<std::int32_t> ids;
+  std::vector<std::uint32_t> codes;
+  std::vector<float> tails(static_cast<std::size_t>(rows), 0.01f);
+  const auto slots = static_cast<std::size_t>(form.slots);
+  for (std::size_t row = 0; row < static_cast<std::size_t>(rows); ++row) {
+    std::vector<std::int32_t> drawn(slots);
+    for (std::size_t n = 0; n < slots; ++n) drawn[n] = static_cast<std::int32_t>(std::pow(49'151.0, uniform(seed + row * slots + n))) - 1;
+    if (form.kind == distill::SignalKind::kTopK) {
+      for (std::size_t n = 0; n < slots; ++n) ids.push_back(drawn[n]), codes.push_back(distill::narrow(0.5f / static_cast<float>(1 + n * (1 + row % 7)), form.mantissa_bits()));
+      continue;
+    }
+    std::sort(drawn.begin(), drawn.end());
+    const std::size_t end = ids.size() + slots;
+    for (std::size_t n = 0; n < slots; ++n) {
+      if (n > 0 && drawn[n] == drawn[n - 1]) ++codes.back();
+      else ids.push_back(drawn[n]), codes.push_back(1);
+    }
+    ids.resize(end, -1), codes.resize(end);
+  }
+  distill::PieceSignal piece{.rows = static_cast<std::uint64_t>(rows), .bytes = {}};
+  distill::pack(form, rows, ids.data(), codes.data(), tails.data(), piece.bytes);
+  return {piece};
+}
+
+Json teacher_cache(const std::filesystem::path& folder, const std::string& kind) {
+  const std::filesystem::path store_folder = folder / "store", cache_folder = folder / kind;
+  make_store(store_folder, 2'000);
+  const data::StreamConfig stream = stream_config(store_folder);
+  const data::TokenStore store(store_folder);
+  distill::CacheHeader header;
+  header.teacher.name = "bench";
+  header.stores = {{.hash = store.hash(), .documents = store.num_documents()}};
+  header.tokenizer_hash = store.info().tokenizer_hash;
+  header.form = {.kind = kind == "top_k" ? distill::SignalKind::kTopK : distill::SignalKind::kSampled, .slots = kind == "top_k" ? 64 : 12, .vocabulary_size = 49'152};
+  header.row_length = stream.row_length;
+  header.rows_per_file = 131'072;
+  std::vector<std::vector<distill::PieceSignal>> signals;
+  for (std::uint64_t i = 0; i < store.num_documents(); ++i) signals.push_back(signal_of(header.form, std::min<std::int64_t>(store.length(i), stream.row_length) - 1, mix64(i)));
+  std::filesystem::remove_all(cache_folder);
+  const Stopwatch writing;
+  distill::TeacherCacheWriter writer(cache_folder, header);
+  for (std::uint64_t i = 0; i < store.num_documents(); ++i) {
+    writer.append(signals[i]);
+    if (i % distill::kGroupDocuments == distill::kGroupDocuments - 1) writer.end_group();
+  }
+  writer.finish();
+  const double write_seconds = writing.seconds();
+  signals.clear();
+
+  const Stopwatch opening;
+  distill::TeacherCache cache(cache_folder);
+  const double open_seconds = opening.seconds();
+  cache.use_for({.store_hashes = {store.hash()}, .row_length = stream.row_length});
+  data::BatchStream batches(stream, 49'152);
+  double read_seconds = 0, rows = 0;
+  while (batches.epochs() < 1)
+    for (const data::Batch& batch : batches.next_step()) {
+      const Stopwatch watch;
+      const distill::SparseSignal signal = cache.signal(batch);
+      read_seconds += watch.seconds();
+      rows += static_cast<double>(signal.tail_K.numel());
+    }
+  const auto bytes = static_cast<double>(cache.totals().bytes), cached = static_cast<double>(cache.totals().rows);
+  return {{"value", rows / read_seconds}, {"unit", "tokens/s"}, {"read_mb_per_second", bytes / cached * rows / read_seconds / 1e6}, {"write_mb_per_second", bytes / write_seconds / 1e6},
+          {"write_tokens_per_second", cached / write_seconds}, {"open_seconds", open_seconds}, {"rows", cached}, {"packed_bytes_a_token", bytes / cached},
+          {"bytes_a_token", static_cast<double>(cache.file_bytes()) / cached}, {"peak_memory_gb", resident("VmHWM")}};
 }
 
 class SimulatedCorpus final : public data::Corpus {
@@ -275,10 +347,11 @@ Json step(const std::filesystem::path& model, at::ScalarType type, const StepCas
 Json measure(const std::vector<std::string>& words) {
   const auto is = [&](const char* name, std::size_t count) { return words.size() == count + 1 && words[0] == name; };
   if (is("gemm", 1)) return gemm(type_named(words[1]));
-  if (is("store", 1)) return make_store(words[1]);
+  if (is("store", 1)) return make_store(words[1], 60'000);
   if (is("stream", 1)) return stream(words[1]);
   if (is("resume", 1)) return resume(words[1]);
   if (is("resume-simulated", 0)) return resume_simulated();
+  if (is("teacher-cache", 2)) return teacher_cache(words[1], words[2]);
   if (is("load", 2)) return load(words[1], type_named(words[2]));
   if (words.size() >= 3 && words[0] == "step") return step(words[1], type_named(words[2]), step_case(std::span(words).subspan(3)));
   fail(ErrorKind::kUsage, "unknown measurement or a wrong number of arguments", Remedy{"the top of bench/measure.cpp lists them"});

@@ -172,6 +172,17 @@ def batch_stream_case(rounds, threads):
     yield outcome("batch_stream_resume_simulated", "s", [r["value"] for r in results], sample=results[0]["sample"])
 
 
+def teacher_cache_case(rounds, threads):
+    # Without a teacher: what the cache adds to its pass when it is written, and to a training step when it is read.
+    for kind in ("sampled", "top_k"):
+        results = [run_json([OURS, "teacher-cache", WORK / "teacher-cache", kind], threads) for _ in range(rounds)]
+        yield outcome(f"teacher_cache_{kind}_read", "MB/s", [r["read_mb_per_second"] for r in results], tokens_per_second=statistics.median(r["value"] for r in results),
+                      open_seconds=statistics.median(r["open_seconds"] for r in results), peak_memory_gb=results[0]["peak_memory_gb"], note="packed bytes; random order, checks included")
+        yield outcome(f"teacher_cache_{kind}_write", "MB/s", [r["write_mb_per_second"] for r in results],
+                      tokens_per_second=statistics.median(r["write_tokens_per_second"] for r in results), note="packed bytes; compressed, hashed and synced to disk")
+        yield outcome(f"teacher_cache_{kind}_size", "B/token", [r["bytes_a_token"] for r in results], packed=results[0]["packed_bytes_a_token"], tokens=results[0]["rows"])
+
+
 def load_case(rounds, threads):
     folder = model(threads)
     for dtype in ("f32", "bf16"):
@@ -261,7 +272,7 @@ def merge_case(rounds, threads):
                   note="reading, merging and writing; ours hashes and syncs to disk; its proof and the peer's imports only count in process_seconds")
 
 
-CASES = {"prepare": prepare_case, "batch_stream": batch_stream_case, "load": load_case, "train_step": train_step_case, "merge": merge_case}
+CASES = {"prepare": prepare_case, "batch_stream": batch_stream_case, "teacher_cache": teacher_cache_case, "load": load_case, "train_step": train_step_case, "merge": merge_case}
 
 
 def cpu_info(key):
