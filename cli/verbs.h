@@ -25,6 +25,7 @@ Verb man_verb();
 Verb merge_verb();
 Verb plan_verb();
 Verb prepare_verb();
+Verb prune_verb();
 Verb score_verb();
 Verb train_verb();
 

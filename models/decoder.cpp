@@ -78,6 +78,10 @@ struct Pass {
   Documents documents;
   RotaryTable rope, local_rope;
   at::ScalarType type;
+
+  void show(Place place, std::size_t layer, const at::Tensor& x) const {
+    if (input.observer != nullptr) (*input.observer)(place, layer, x);
+  }
 };
 
 // Attention with its projections: normalised x_TD -> [T, D], before the residual.
@@ -120,11 +124,12 @@ at::Tensor attention(const ModelConfig& config, const Block& block, std::size_t 
     if (seen == 0) y_TQ = pass.documents.attend(q_THS, k_TKS, v_TKS, config.attention_scale, kind.window);
     else y_TQ = attend_to_cache(q_THS, k_KCS.narrow(1, 0, seen + now), v_KCS.narrow(1, 0, seen + now), config.attention_scale, kind.window);
   }
+  pass.show(Place::kHeads, layer, y_TQ);
   return block.linears.at(Slot::kOutput)(y_TQ, pass.input.dropout_seed);
 }
 
 // Gated feed-forward (arXiv:2002.05202): normalised x_TD -> [T, D], before the residual.
-at::Tensor feed_forward(const ModelConfig& config, const Block& block, const at::Tensor& x_TD, const Pass& pass) {
+at::Tensor feed_forward(const ModelConfig& config, const Block& block, std::size_t layer, const at::Tensor& x_TD, const Pass& pass) {
   const auto project = [&](Slot slot, const at::Tensor& x) { return block.linears.at(slot)(x, pass.input.dropout_seed); };
   at::Tensor gate_TF, up_TF;
   if (block.linears.contains(Slot::kGateUp)) {
@@ -135,7 +140,9 @@ at::Tensor feed_forward(const ModelConfig& config, const Block& block, const at:
     gate_TF = project(Slot::kGate, x_TD);
     up_TF = project(Slot::kUp, x_TD);
   }
-  return project(Slot::kDown, (config.gelu_tanh ? at::gelu(gate_TF, "tanh") : at::silu(gate_TF)) * up_TF);
+  const at::Tensor gated_TF = (config.gelu_tanh ? at::gelu(gate_TF, "tanh") : at::silu(gate_TF)) * up_TF;
+  pass.show(Place::kNeurons, layer, gated_TF);
+  return project(Slot::kDown, gated_TF);
 }
 
 void check_input(const Decoder& decoder, const Input& input) {
@@ -179,7 +186,7 @@ at::Tensor Decoder::hidden_TD(const Input& input) const {
     h_TD = h_TD * (embedding_VD.scalar_type() == at::kBFloat16 ? static_cast<double>(at::BFloat16(static_cast<float>(scale))) : scale);
   }
   add_neftune_noise_in_place(h_TD, input.document_lengths, input.neftune_alpha, input.dropout_seed);
-  if (fused && input.cache == nullptr) return fused_hidden_TD(*this, input, h_TD);
+  if (fused && input.cache == nullptr && input.observer == nullptr) return fused_hidden_TD(*this, input, h_TD);
 
   const double offset = config.family->norm_weight_offset, epsilon = config.norm_epsilon;
   Pass pass{input, Documents(input.document_lengths), rotary_table(config.rope, input.positions_T, input.document_lengths), {}, compute_type()};
@@ -187,12 +194,18 @@ at::Tensor Decoder::hidden_TD(const Input& input) const {
   for (std::size_t layer = 0; layer < blocks.size(); ++layer) {
     const Block& block = blocks[layer];
     const auto norm = [&](Slot slot, const at::Tensor& x_TD, at::ScalarType type) { return rms_norm(x_TD, block.norms.at(slot), offset, epsilon, type); };
-    at::Tensor y_TD = attention(config, block, layer, norm(Slot::kAttentionNorm, h_TD, pass.type), pass);
+    pass.show(Place::kBlockInput, layer, h_TD);
+    at::Tensor x_TD = norm(Slot::kAttentionNorm, h_TD, pass.type);
+    pass.show(Place::kAttentionInput, layer, x_TD);
+    at::Tensor y_TD = attention(config, block, layer, x_TD, pass);
     if (block.norms.contains(Slot::kAfterAttentionNorm)) y_TD = norm(Slot::kAfterAttentionNorm, y_TD, at::kFloat);
     h_TD = h_TD + y_TD;
-    y_TD = feed_forward(config, block, norm(Slot::kMlpNorm, h_TD, pass.type), pass);
+    x_TD = norm(Slot::kMlpNorm, h_TD, pass.type);
+    pass.show(Place::kMlpInput, layer, x_TD);
+    y_TD = feed_forward(config, block, layer, x_TD, pass);
     if (block.norms.contains(Slot::kAfterMlpNorm)) y_TD = norm(Slot::kAfterMlpNorm, y_TD, at::kFloat);
     h_TD = h_TD + y_TD;
+    pass.show(Place::kBlockOutput, layer, h_TD);
   }
   if (input.cache != nullptr) input.cache->length += input.tokens_T.numel();
   return rms_norm(h_TD, final_norm_D, offset, epsilon, pass.type);

@@ -30,6 +30,17 @@ enum class Keep {
   kInputs,  // "block": only each block's input is kept
 };
 
+/// Where in a forward pass an Observer is shown a tensor. [T, D] unless said otherwise.
+enum class Place {
+  kBlockInput,      // the residual stream before a block, f32
+  kAttentionInput,  // its normalised form, which the attention's projections read
+  kHeads,           // what the query heads give, side by side, before the output projection: [T, heads x head size]
+  kMlpInput,        // the normalised form that the feed-forward's projections read
+  kNeurons,         // the gated intermediate before the down projection: [T, intermediate size]
+  kBlockOutput,     // the residual stream behind the block, f32
+};
+using Observer = std::function<void(Place place, std::size_t layer, const at::Tensor& x)>;
+
 /// What a forward pass reads besides the weights.
 struct Input {
   at::Tensor tokens_T;     // i64
@@ -38,6 +49,7 @@ struct Input {
   std::uint64_t dropout_seed = 0;              // 0 = evaluating
   KeyValueCache* cache = nullptr;              // generation: keys and values of earlier tokens of the single document
   double neftune_alpha = 0;                    // noise on embeddings (models/neftune.h); only with a dropout_seed
+  const Observer* observer = nullptr;          // is shown each block's tensors as they are made; such a pass is never fused
 };
 
 /// A tensor of the decoder with its published name ("model.layers.0.self_attn.q_proj.weight").
