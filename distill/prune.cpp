@@ -37,10 +37,13 @@ std::vector<data::TokenStore> opened(const std::vector<std::string>& folders) {
   return stores;
 }
 
-void check_tokenizer(const std::vector<data::TokenStore>& stores, const std::string& hash) {
-  for (const data::TokenStore& store : stores)
+void check_stores(const std::vector<data::TokenStore>& stores, const std::string& hash, std::int64_t rows) {
+  for (const data::TokenStore& store : stores) {
+    if (store.info().vocabulary_size > rows)
+      fail(ErrorKind::kData, store.folder().string(), ": its vocabulary has ", store.info().vocabulary_size, " tokens, the model only ", rows, " rows", Remedy{"prepare the text again with this model's tokenizer"});
     if (!hash.empty() && store.info().tokenizer_hash != hash)
       fail(ErrorKind::kData, store.folder().string(), ": made by another tokenizer: its hash is ", store.info().tokenizer_hash, ", the model's is ", hash, Remedy{"prepare the text again with this model's tokenizer"});
+  }
 }
 
 /// What the student is a function of. Folders stand by what they hold.
@@ -192,7 +195,7 @@ PruneReport prune(const PruneConfig& given) {
   const std::vector<data::TokenStore> calibration = opened(config.calibration.stores), vocabulary_stores = opened(config.vocabulary.stores);
   std::vector<data::TokenStore> held_out;
   for (const train::EvaluationItem& item : config.evaluation.stores) held_out.emplace_back(item.store);
-  for (const auto* stores : {&calibration, &vocabulary_stores, &std::as_const(held_out)}) check_tokenizer(*stores, tokenizer_hash);
+  for (const auto* stores : {&calibration, &vocabulary_stores, &std::as_const(held_out)}) check_stores(*stores, tokenizer_hash, model.vocabulary_size);
 
   PruneReport report;
   report.output = config.output;

@@ -64,7 +64,8 @@ class Bpe {
     for (const char* key : {"continuing_subword_prefix", "end_of_word_suffix"})
       if (!value_or<std::string>(model, key, "", source).empty())
         fail(ErrorKind::kUsage, source, ": a BPE with ", key, " cannot be made smaller yet", Remedy{"leave vocabulary.stores out"});
-    for (const auto& [token, id] : require<Json>(model, "vocab", source).items()) ids_.emplace(token, id.get<std::int64_t>());
+    const Json vocabulary = require<Json>(model, "vocab", source);
+    for (const auto& [token, id] : vocabulary.items()) ids_.emplace(token, id.get<std::int64_t>());
     for (const Json& merge : require<Json>(model, "merges", source)) {
       const auto [left, right] = parts_of(merge, source);
       const auto a = ids_.find(left), b = ids_.find(right), both = ids_.find(left + right);
