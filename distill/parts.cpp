@@ -154,6 +154,9 @@ Json student_config(const models::ModelConfig& base, const Shape& shape, const s
   for (const auto& [key, size] : after.items())
     if (size != before[key]) json[key] = size;
   const bool follows = shape.hidden % shape.heads == 0 && shape.hidden / shape.heads == base.head_size;
+  if (!follows && base.family->partial_longrope && base.rope.long_from > 0)
+    fail(ErrorKind::kUsage, base.family->model_type, " with LongRoPE: transformers takes hidden_size / num_attention_heads for a head's size there, which would be ", shape.hidden, " / ", shape.heads, " instead of ",
+         base.head_size, Remedy{"give sizes.hidden_size and sizes.num_attention_heads in this proportion"});
   if (!follows && (!json.contains("head_dim") || json["head_dim"].is_null())) json["head_dim"] = base.head_size;
 
   std::vector<models::LayerConfig> wanted;

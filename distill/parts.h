@@ -31,7 +31,7 @@ Parts chosen_parts(const models::ModelConfig& base, const Shape& shape, const st
 struct TensorPlace {
   std::string name;
   models::Slot slot;
-  std::int64_t layer = 0;  // 0 outside of the blocks
+  std::int64_t layer = -1;  // -1: outside of the blocks
   bool is_bias = false;
   std::vector<std::int64_t> shape;
 };

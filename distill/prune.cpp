@@ -95,9 +95,10 @@ Json evaluated(const models::Decoder& decoder, const data::TokenStore& store, co
   return train::to_json(train::evaluate(decoder, store, config.row_length, /*rows_per_batch=*/1, static_cast<std::uint64_t>(config.max_tokens)).total);
 }
 
-models::Decoder loaded(const fs::path& folder, const PruneConfig& config) {
+/// fuse: passes that nobody observes take the fused path, for which weights are copied out of the mapping.
+models::Decoder loaded(const fs::path& folder, const PruneConfig& config, bool fuse) {
   models::Decoder decoder = checkpoints::load_decoder(folder, config.compute_type == "bf16" ? at::kBFloat16 : at::kFloat);
-  models::use_fused_blocks(decoder);
+  if (fuse) models::use_fused_blocks(decoder);
   return decoder;
 }
 
@@ -223,8 +224,6 @@ PruneReport prune(const PruneConfig& given) {
   std::unique_ptr<SmallerVocabulary> vocabulary;
   if (!vocabulary_stores.empty()) {
     vocabulary = std::make_unique<SmallerVocabulary>(config.model, model.vocabulary_size, vocabulary_stores, config.vocabulary);
-    if (vocabulary->rows() > model.vocabulary_size && !fresh)
-      fail(ErrorKind::kUsage, "vocabulary: ", vocabulary->rows(), " rows would be more than the model's ", model.vocabulary_size, Remedy{"leave vocabulary.stores or pad_to_multiple out"});
     log_info("vocabulary: ", vocabulary->old_ids().size(), " tokens stay of ", model.vocabulary_size, " rows");
   }
   report.shape = chosen_shape(model, config.sizes, config.keep, config.shrink, config.round_to, vocabulary ? vocabulary->rows() : model.vocabulary_size, fresh);
@@ -241,7 +240,7 @@ PruneReport prune(const PruneConfig& given) {
   Importance importance;
   if (less_deep || less_wide || !held_out.empty()) {
     const at::NoGradGuard no_gradients;
-    const models::Decoder decoder = loaded(config.model, config);
+    const models::Decoder decoder = loaded(config.model, config, !held_out.empty() || (less_deep && config.depth_by == "loss"));
     for (std::size_t i = 0; i < held_out.size(); ++i)
       report.evaluation.push_back({{"name", config.evaluation.stores[i].name}, {"before", evaluated(decoder, held_out[i], config.evaluation)}, {"after", nullptr}});
     if (less_deep && config.depth_by == "loss") layers = layers_by_loss(decoder, shape.layers, calibration, config.calibration);
@@ -264,9 +263,9 @@ PruneReport prune(const PruneConfig& given) {
   }
   const std::vector<TensorPlace> base_places = tensor_places(model), places = tensor_places(student);
   const auto twin_of = [&](const TensorPlace& place) -> const TensorPlace& {  // what the student's tensor is cut from, or gets its type from
-    const std::int64_t layer = fresh ? place.layer % model.num_layers : layers.empty() ? 0 : place.layer < static_cast<std::int64_t>(layers.size()) ? layers[static_cast<std::size_t>(place.layer)] : 0;
+    const std::int64_t layer = place.layer < 0 ? place.layer : fresh ? place.layer % model.num_layers : layers.at(static_cast<std::size_t>(place.layer));
     for (const TensorPlace& twin : base_places)
-      if (twin.slot == place.slot && twin.is_bias == place.is_bias && (twin.layer == layer || twin.name.find(".layers.") == std::string::npos)) return twin;
+      if (twin.slot == place.slot && twin.is_bias == place.is_bias && twin.layer == layer) return twin;
     fail(ErrorKind::kBug, "the base has no tensor for ", place.name);
   };
   const double deviation = value_or<double>(model.source, "initializer_range", 0.02, "config.json");
@@ -304,7 +303,7 @@ PruneReport prune(const PruneConfig& given) {
       fail(ErrorKind::kResource, temporary.path().string(), ": tensor \"", place.name, "\" does not read as it was written", Remedy{"the disk does not keep what is written to it; use another one"});
   if (shape_of(checkpoints::BaseWeights(temporary.path(), {}).config()) != shape) fail(ErrorKind::kBug, "the written config.json has other sizes");
   if (!held_out.empty()) {
-    const models::Decoder decoder = loaded(temporary.path(), config);
+    const models::Decoder decoder = loaded(temporary.path(), config, true);
     for (std::size_t i = 0; i < held_out.size(); ++i) {
       Json& after = report.evaluation[i]["after"];
       if (!vocabulary) {

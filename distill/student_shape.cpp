@@ -37,10 +37,14 @@ std::int64_t rounded(std::int64_t size, double factor, std::int64_t round_to) {
 bool has(const std::vector<std::string>& list, const char* name) { return std::find(list.begin(), list.end(), name) != list.end(); }
 
 void check_shape(const Shape& shape, const Shape& base, bool may_grow) {
-  std::string problems;
+  std::string problems, remedy;
   const auto problem = [&](const std::string& line) { problems += (problems.empty() ? "" : "\n") + line; };
+  const auto problem_of_heads = [&](const std::string& line) {
+    problem(line);
+    remedy = "heads are kept evenly: of each key-value head that is kept, the same number of query heads";
+  };
   if (shape.heads % shape.kv_heads != 0)
-    problem("sizes: num_attention_heads = " + std::to_string(shape.heads) + " is not a multiple of num_key_value_heads = " + std::to_string(shape.kv_heads));
+    problem_of_heads("sizes: num_attention_heads = " + std::to_string(shape.heads) + " is not a multiple of num_key_value_heads = " + std::to_string(shape.kv_heads));
   if (!may_grow) {
     const auto at_most = [&](const char* key, std::int64_t size, std::int64_t most) {
       if (size > most) problem(std::string("sizes.") + key + ": " + std::to_string(size) + " is more than the " + std::to_string(most) + " of the model that is pruned");
@@ -51,9 +55,9 @@ void check_shape(const Shape& shape, const Shape& base, bool may_grow) {
     at_most("num_key_value_heads", shape.kv_heads, base.kv_heads);
     at_most("num_hidden_layers", shape.layers, base.layers);
     if (shape.heads / shape.kv_heads > base.heads / base.kv_heads)
-      problem("sizes: " + std::to_string(shape.heads / shape.kv_heads) + " query heads for each key-value head, the model that is pruned has " + std::to_string(base.heads / base.kv_heads));
+      problem_of_heads("sizes: " + std::to_string(shape.heads / shape.kv_heads) + " query heads for each key-value head, the model that is pruned has " + std::to_string(base.heads / base.kv_heads));
   }
-  if (!problems.empty()) fail(ErrorKind::kUsage, problems, Remedy{"heads are kept evenly: of each key-value head that is kept, the same number of query heads"});
+  if (!problems.empty()) fail(ErrorKind::kUsage, problems, Remedy{remedy});
 }
 
 }  // namespace

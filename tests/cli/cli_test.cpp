@@ -610,6 +610,25 @@ TEST_F(CommandLine, ExtendAddsTokensOfFilesAndFlags) {
   EXPECT_EQ(object_of(call(extend({"--tokens", (scratch_ / "tokens.json").string(), "--special", "--json"})))["tokens"][0]["text"], "a\nb");
 }
 
+TEST_F(CommandLine, PruneMakesAStudentAndTellsOfIt) {
+  const std::string out = (scratch_ / "student").string();
+  const std::string config = yaml("prune.yaml", "model: " + there("model") + "\noutput: " + out + "\nsizes: {hidden_size: 8, num_hidden_layers: 1}\ncalibration: {stores: [" + there("store") +
+                                                    "]}\nevaluation:\n  stores: [{name: words, store: " + there("store") + "}]\n");
+  const Outcome told = call({"prune", config});
+  EXPECT_EQ(told.code, 0) << told.err;
+  for (const char* shown : {"student: written", "parameters: ", "hidden_size: 16 -> 8", "num_hidden_layers: 2 -> 1", "layers kept: ", "words: bits per byte "}) EXPECT_NE(told.out.find(shown), std::string::npos) << told.out;
+  const Json again = object_of(call({"prune", config, "--json"}));
+  EXPECT_EQ(again["already_done"], true);
+  EXPECT_EQ(again["shape"]["hidden_size"], 8);
+  EXPECT_EQ(object_of(call({"score", "-m", out, "--text", "w7 w4 w5", "--json"}))["ids"], Json({7, 4, 5}));
+  EXPECT_TRUE(refuses({"prune"}, 2, "prune: CONFIG is missing"));
+  EXPECT_TRUE(refuses({"prune", config, "--set", "keep=2"}, 2, "keep"));
+  EXPECT_TRUE(refuses({"prune", config, "--set", "shrink=[widht]"}, 2, "must be hidden, mlp, heads or depth"));
+  EXPECT_TRUE(refuses({"prune", config, "--set", "sizes.hidden_size=12"}, 2, "exists and is another folder"));
+  EXPECT_TRUE(refuses({"prune", config, "--set", "model=" + there("no-such")}, 3, "there is no such folder"));
+  EXPECT_TRUE(refuses({"prune", config, "--set", "output=" + out + "2", "--set", "vocabulary.stores=[" + there("store") + "]"}, 2, "type WordLevel cannot be made smaller"));
+}
+
 TEST_F(CommandLine, ImportMistakes) {
   const std::string out = (scratch_ / "out").string();
   EXPECT_TRUE(refuses({"import", there("words.txt")}, 2, "import: FOLDER is missing"));
