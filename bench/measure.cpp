@@ -10,9 +10,12 @@
 //   alambic_bench step MODEL f32|bf16 [KEY=VALUE...]  tokens/s of training steps; keys: see StepCase
 // Threads: OMP_NUM_THREADS.
 #include <ATen/Parallel.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/nonzero.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/randn.h>
 
@@ -29,10 +32,13 @@
 #include "core/json.h"
 #include "core/random.h"
 #include "data/batch_stream.h"
+#include "distill/imitation.h"
+#include "distill/teacher.h"
 #include "distill/teacher_cache.h"
 #include "lora/adapter.h"
 #include "lora/quantize.h"
 #include "models/allocation.h"
+#include "models/fused_blocks.h"
 #include "models/product.h"
 #include "parallel/communicator.h"
 #include "train/cross_entropy.h"
@@ -265,11 +271,12 @@ double flops_of_a_step(models::Decoder& decoder, const data::Batch& batch) {
   return flops;
 }
 
-// What a step is made of: "rows=4 length=512 documents=512 labels=1 method=lora memory=store steps=3", any of them.
+// What a step is made of: "rows=4 length=512 documents=512 labels=1 method=lora memory=store steps=3", any of them. With teacher=copy
+// the loss is the forward KL to the same model loaded once more, with teacher=base to the student's own base.
 struct StepCase {
   std::int64_t rows = 4, length = 512, documents = 0, steps = 3;
   double labels = 1;
-  std::string method = "lora", memory = "store", quantize = "none";
+  std::string method = "lora", memory = "store", quantize = "none", teacher = "none", objective = "forward_kl";
 };
 StepCase step_case(std::span<const std::string> words) {
   StepCase wanted;
@@ -284,6 +291,8 @@ StepCase step_case(std::span<const std::string> words) {
     else if (key == "method") wanted.method = value;
     else if (key == "memory") wanted.memory = value;
     else if (key == "quantize") wanted.quantize = value;
+    else if (key == "teacher") wanted.teacher = value;
+    else if (key == "objective") wanted.objective = value;
     else fail(ErrorKind::kUsage, "step: unknown key ", key);
   }
   if (wanted.documents == 0) wanted.documents = wanted.length;
@@ -318,6 +327,7 @@ Json step(const std::filesystem::path& model, at::ScalarType type, const StepCas
   config.method = wanted.method;
   config.memory = wanted.memory;
   models::Decoder decoder = checkpoints::load_decoder(model, type, {.format = wanted.quantize});
+  const models::Decoder outside = distill::outside_of_linears(decoder);
   if (wanted.method == "lora") lora::attach(decoder, {.rank = 16, .alpha = 32}, /*seed=*/1);
   else lora::train_everything(decoder);
   config.data.row_length = wanted.length;
@@ -328,7 +338,32 @@ Json step(const std::filesystem::path& model, at::ScalarType type, const StepCas
   const data::Batch batch = batch_of(wanted, decoder.config.vocabulary_size);
   const auto num_tokens = static_cast<double>(batch.tokens_T.numel());
   const train::MemoryEstimate estimate = train::estimate_memory(decoder, static_cast<std::uint64_t>(optimizer->state_bytes()), batch.tokens_T.numel());
-  const auto loss_sum = [&](const data::Batch& own, std::uint64_t seed) {
+  if (wanted.teacher != "none") {  // adapters that change something, and the peer's: else the first loss is 0
+    const at::NoGradGuard constant;
+    for (const models::NamedTensor& tensor : lora::trainable(decoder)) {
+      const at::Tensor i = at::arange(tensor.tensor->numel(), at::kLong);
+      tensor.tensor->copy_((((i * 7919 + (i % 31) * 104'729 + 17) % 1000).to(at::kFloat) / 1000 - 0.5).mul(0.1).view_as(*tensor.tensor));
+    }
+  }
+  models::Decoder teacher;
+  if (wanted.teacher == "copy") {
+    teacher = checkpoints::load_decoder(model, type, {.format = wanted.quantize});
+    models::use_fused_blocks(teacher);
+  } else if (wanted.teacher == "base") {
+    teacher = distill::base_of(decoder, outside).value();
+  }
+  const distill::Mix mix{.cross_entropy = 0, .divergence = 1, .text = {}, .imitation = {.objective = wanted.objective}, .shared_vocabulary = decoder.config.vocabulary_size};
+  distill::Nats nats;
+  const train::LossSum loss_sum = [&](const data::Batch& own, std::uint64_t seed) {
+    if (wanted.teacher != "none") {
+      at::Tensor taught_KD;
+      {
+        const at::NoGradGuard constant;
+        taught_KD = teacher.hidden_TD(train::input_of(own, 0)).index_select(0, own.keep_T.nonzero().squeeze(1));
+      }
+      const std::vector<distill::TeacherRows> rows = {{.head = &teacher.head, .hidden_KD = taught_KD}};
+      return distill::imitation_sum(decoder.hidden_TD(train::input_of(own, seed)), decoder.head, own.targets_T, own.keep_T, seed, mix, rows, nats);
+    }
     return train::cross_entropy_sum(decoder.hidden_TD(train::input_of(own, seed)), decoder.head, own.targets_T, own.keep_T, seed);
   };
   const double planned = train::probe_seconds(loss_sum, batch, *optimizer);

@@ -244,6 +244,22 @@ def train_step_case(rounds, threads):
             yield outcome(f"train_step_{dtype}_memory_of_a_token{policy}", "MB", [1e3 * (memory["lora_4x512" + policy] - memory["lora_1x512" + policy]) / 1536])
 
 
+def distill_step_case(rounds, threads):
+    folder = model(threads)
+    peer_name = peer_versions("peft", "transformers", "torch")
+    for dtype in ("f32", "bf16"):
+        for name, words in (("copy", "rows=1 length=512 teacher=copy"), ("own_base", "rows=1 length=512 teacher=base")):
+            left, right = in_turns(lambda: run_json([OURS, "step", folder, dtype, *words.split()], threads),
+                                   lambda: run_json([PYTHON, PEERS / "distill_step.py", folder, dtype], threads), rounds)
+            # The same computation, or the comparison is worth nothing.
+            for a, b in zip(left[0]["losses"], right[0]["losses"]):
+                if not abs(a - b) <= (1e-3 if dtype == "f32" else 0.1) * abs(b):
+                    raise Failed(f"distill_step {name}: losses {left[0]['losses']}, but the peer has {right[0]['losses']}")
+            yield outcome(f"distill_step_{dtype}_{name}", "tokens/s", [r["value"] for r in left], peer_name, [r["value"] for r in right], losses=left[0]["losses"],
+                          peer_losses=right[0]["losses"], note="full-vocabulary forward KL to an equal teacher, LoRA r=16, 1 x 512")
+            yield outcome(f"distill_step_{dtype}_{name}_memory", "GB", [r["peak_memory_gb"] for r in left], peer_name, [r["peak_memory_gb"] for r in right])
+
+
 def merge_case(rounds, threads):
     folder = model(threads)
     adapter = needed(WORK / "adapter", lambda path: run([PYTHON, PEERS / "merge.py", "make", folder, path], threads))
@@ -272,7 +288,8 @@ def merge_case(rounds, threads):
                   note="reading, merging and writing; ours hashes and syncs to disk; its proof and the peer's imports only count in process_seconds")
 
 
-CASES = {"prepare": prepare_case, "batch_stream": batch_stream_case, "teacher_cache": teacher_cache_case, "load": load_case, "train_step": train_step_case, "merge": merge_case}
+CASES = {"prepare": prepare_case, "batch_stream": batch_stream_case, "teacher_cache": teacher_cache_case, "load": load_case, "train_step": train_step_case,
+         "distill_step": distill_step_case, "merge": merge_case}
 
 
 def cpu_info(key):

@@ -217,6 +217,14 @@ CardInfo card_of(const MergeConfig& config, const Json& run, const std::string& 
         if (!data.language.empty() && std::find(card.languages.begin(), card.languages.end(), data.language) == card.languages.end()) card.languages.push_back(data.language);
       }
     }
+    for (const Json& teacher : value_or<Json>(run, "teachers", Json::array(), source)) {  // distilled weights derive from these too
+      const std::string name = fs::path(value_or<std::string>(teacher, "folder", "", source)).filename().string();
+      const Licence licence = find_licence(value_or<std::string>(teacher, "licence", "", source));
+      card.licence = combined({card.licence, licence});
+      card.training.emplace_back("teacher", name + " (licence: " + (licence.spdx.empty() ? "unknown" : licence.spdx) + ")");
+      if (!licence.open())
+        card.warnings.push_back("The teacher " + name + (licence.spdx.empty() ? " has no known licence" : " is under " + licence.spdx) + ", which may bind these weights too. " + licence.duty);
+    }
     for (const Json& store : value_or<Json>(run, "evaluation", Json::array(), source)) {
       const Json before = value_or<Json>(store, "before", nullptr, source), after = value_or<Json>(store, "after", nullptr, source);
       if (!before.is_object() || !after.is_object()) continue;
