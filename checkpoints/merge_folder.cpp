@@ -220,10 +220,8 @@ CardInfo card_of(const MergeConfig& config, const Json& run, const std::string& 
     for (const Json& teacher : value_or<Json>(run, "teachers", Json::array(), source)) {  // distilled weights derive from these too
       const std::string name = fs::path(value_or<std::string>(teacher, "folder", "", source)).filename().string();
       const Licence licence = find_licence(value_or<std::string>(teacher, "licence", "", source));
+      card.teachers.emplace_back(name, licence);
       card.licence = combined({card.licence, licence});
-      card.training.emplace_back("teacher", name + " (licence: " + (licence.spdx.empty() ? "unknown" : licence.spdx) + ")");
-      if (!licence.open())
-        card.warnings.push_back("The teacher " + name + (licence.spdx.empty() ? " has no known licence" : " is under " + licence.spdx) + ", which may bind these weights too. " + licence.duty);
     }
     for (const Json& store : value_or<Json>(run, "evaluation", Json::array(), source)) {
       const Json before = value_or<Json>(store, "before", nullptr, source), after = value_or<Json>(store, "after", nullptr, source);

@@ -113,6 +113,7 @@ std::vector<std::string> licence_warnings(const CardInfo& info) {
   std::string bases;
   for (const std::string& base : info.base_models) bases += (bases.empty() ? "" : ", ") + base;
   if (!bases.empty()) add(warning_of("the base model " + bases, info.base_licence));
+  for (const auto& [name, licence] : info.teachers) add(warning_of("the teacher " + name, licence));
   for (const CardData& data : info.data) add(warning_of("the corpus \"" + data.name + "\"", find_licence(data.licence)));
   return warnings;
 }
@@ -131,6 +132,7 @@ std::string model_card(const CardInfo& info) {
   if (!info.base_models.empty()) {
     card += "\n## What it is made from\n\n";
     for (const std::string& base : info.base_models) card += "- Base model: " + markdown(base) + " (licence: " + markdown(shown_name(info.base_licence)) + ")\n";
+    for (const auto& [name, licence] : info.teachers) card += "- Teacher: " + markdown(name) + " (licence: " + markdown(shown_name(licence)) + ")\n";
   }
   if (!info.data.empty()) {
     card += "\n## What it was trained on\n\n| corpus | licence | origin | language | amount |\n| --- | --- | --- | --- | --- |\n";

@@ -31,6 +31,7 @@ struct CardInfo {
   std::vector<std::string> base_models;   // Hub ids or names
   std::string base_relation;              // merge, adapter, finetune or quantized; empty: this is no derivative
   Licence base_licence;                   // of the base, for the warnings; kUnknown with empty `given` and no base: not mentioned
+  std::vector<std::pair<std::string, Licence>> teachers;  // of a distilled model: name, licence
   std::vector<std::string> languages;     // ISO 639 codes
   std::string library_name = "transformers";
   std::vector<std::string> tags;
@@ -42,7 +43,7 @@ struct CardInfo {
   std::vector<std::string> warnings;      // besides those that follow from the licences
 };
 
-/// What must be said about these licences before the weights are published: one line for each base or corpus that is
+/// What must be said about these licences before the weights are published: one line for each base, teacher or corpus that is
 /// share-alike, restricted or unknown. Empty when all are permissive. For the terminal and for the card.
 std::vector<std::string> licence_warnings(const CardInfo& info);
 

@@ -208,16 +208,17 @@ TEST(MergeFolderRuns, TheReportOfTheRunIsCitedAndItsLicencesAreNamed) {
   merge.config.adapter = run / "adapter";
   Json report = {{"steps", 20}, {"tokens", 1000}, {"base", {{"sha256", base_hash(merge.config.base)}}},
                  {"evaluation", {{{"name", "held-out"}, {"before", {{"bits_per_byte", 1.25}, {"loss", 3.5}}}, {"after", {{"bits_per_byte", 1.0}, {"loss", 2.5}}}}}},
+                 {"teachers", {{{"folder", "models/great"}, {"sha256", "0"}, {"licence", "LicenseRef-gemma"}}}},
                  {"data", {{{"use", "train"}, {"documents", 3}, {"tokens", 99}, {"sources", {{{"name", "book"}, {"licence", "CC-BY-NC-4.0"}, {"origin", "here"}, {"language", "jv"}}}}},
                            {{"use", "held-out"}, {"sources", {{{"name", "unused"}, {"licence", ""}, {"language", "en"}}}}}}}};
   write_file(run / "report.json", report.dump());
   const MergeReport merged = merge_folder(merge.config);
   const std::string card = read_file(merge.config.output / "README.md");
-  for (const char* words : {"bits per UTF-8 byte, held-out | 1.2500 | 1.0000", "language:\n- jv", "| book | CC-BY-NC-4.0 | here | jv | 3 documents, 99 tokens |"})
+  for (const char* words : {"bits per UTF-8 byte, held-out | 1.2500 | 1.0000", "language:\n- jv", "| book | CC-BY-NC-4.0 | here | jv | 3 documents, 99 tokens |", "- Teacher: great (licence: ", "license: other"})
     EXPECT_NE(card.find(words), std::string::npos) << words << "\n" << card;
   EXPECT_EQ(card.find("unused"), std::string::npos);
   EXPECT_NE(merge.log.text.find("CC-BY-NC-4.0"), std::string::npos) << "named on the terminal";
-  EXPECT_FALSE(merged.warnings.empty());
+  EXPECT_TRUE(std::any_of(merged.warnings.begin(), merged.warnings.end(), [](const std::string& warning) { return warning.find("the teacher great") != warning.npos; }));
 
   // The figures are those of the adapter that the run chose, not of any other that lies in its folder.
   fs::remove_all(merge.config.output);
