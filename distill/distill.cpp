@@ -46,7 +46,7 @@ std::vector<TeacherRows> listen(std::vector<Teacher>& teachers, const data::Batc
   const std::vector<at::Tensor> weights_K = weights_of(teachers, batch, index_K);
   std::vector<TeacherRows> rows;
   for (std::size_t i = 0; i < teachers.size(); ++i)
-    if (weights_K[i].ne(0).any().item<bool>()) rows.push_back({.head = &teachers[i].head(), .hidden_KD = teachers[i].hidden_KD(batch, index_K), .weights_K = weights_K[i]});
+    if (weights_K[i].ne(0).any().item<bool>()) rows.push_back(teachers[i].rows(batch, index_K, weights_K[i]));
   return rows;
 }
 
@@ -57,9 +57,9 @@ train::Recipe recipe_of(const DistillConfig& config) {
       .open = [=](train::Inputs& inputs) {
         inputs.sections = {{"distill", resolved_config(config)["distill"]}};
         Json settings = inputs.sections["distill"];
-        for (Json& teacher : settings["teachers"]) teacher.erase("model"), teacher.erase("adapter");  // their hashes stand for them
+        for (Json& teacher : settings["teachers"]) teacher.erase("model"), teacher.erase("adapter"), teacher.erase("cache");  // their hashes stand for them
         inputs.sections_identity = {{"distill", settings}, {"teachers", Json::array()}};
-        for (const TeacherConfig& teacher : config.distill.teachers) room->teachers.emplace_back(teacher, config.train, inputs);
+        for (const TeacherConfig& teacher : config.distill.teachers) room->teachers.emplace_back(teacher, config.distill.divergence, config.train, inputs);
       },
       .see_base = [=](const models::Decoder& loaded) { room->outside = outside_of_linears(loaded); },
       .loss = [=](models::Decoder& student, const train::Inputs&, std::vector<models::NamedTensor>&) -> train::LossSum {

@@ -30,6 +30,8 @@ at::ScalarType compute_type_for(const train::TrainConfig& student) {
 
 bool contains(const std::vector<std::string>& list, const std::string& name) { return std::find(list.begin(), list.end(), name) != list.end(); }
 
+std::string name_of(const TeacherConfig& teacher) { return (teacher.model.empty() ? teacher.cache : teacher.model).string(); }
+
 // Whether a teacher teaches each source of each store. Error(kUsage) for a name that none of them has.
 std::vector<std::vector<bool>> served(const TeacherConfig& teacher, const std::vector<data::TokenStore>& stores) {
   std::set<std::string> sources, languages;
@@ -45,22 +47,23 @@ std::vector<std::vector<bool>> served(const TeacherConfig& teacher, const std::v
     for (const std::string& name : asked)
       if (!known.contains(name)) {
         const std::string nearest = nearest_name(name, {known.begin(), known.end()});
-        fail(ErrorKind::kUsage, "distill.teachers: ", teacher.model.string(), ": ", key, ": no store that is learnt from has \"", name, "\"", nearest.empty() ? "" : "; did you mean \"" + nearest + "\"?",
+        fail(ErrorKind::kUsage, "distill.teachers: ", name_of(teacher), ": ", key, ": no store that is learnt from has \"", name, "\"", nearest.empty() ? "" : "; did you mean \"" + nearest + "\"?",
              Remedy{"alambic inspect STORE shows its sources and languages"});
       }
   };
   require_known("sources", teacher.sources, sources);
   require_known("languages", teacher.languages, languages);
   if (std::none_of(serves.begin(), serves.end(), [](const std::vector<bool>& store) { return std::find(store.begin(), store.end(), true) != store.end(); }))
-    fail(ErrorKind::kUsage, "distill.teachers: ", teacher.model.string(), ": no source has both one of its sources and one of its languages, so it would teach nothing");
+    fail(ErrorKind::kUsage, "distill.teachers: ", name_of(teacher), ": no source has both one of its sources and one of its languages, so it would teach nothing");
   return serves;
 }
 
 }  // namespace
 
 void TeacherConfig::visit(FieldVisitor& fields) {
-  fields.field("model", model, {.help = "Hugging Face folder of the teacher; the student's own base teaches without a second copy in memory", .required = true});
+  fields.field("model", model, {.help = "Hugging Face folder of the teacher; the student's own base teaches without a second copy in memory. Needed unless there is a cache, whose teacher it then must be"});
   fields.field("adapter", adapter, {.help = "PEFT folder on the teacher's model; empty: none"});
+  fields.field("cache", cache, {.help = "folder that alambic distill --cache made of the teacher and these stores; read instead of the model"});
   fields.field("weight", weight, {.help = "of this teacher, relative to the others of the same text", .low = 1e-6, .high = 1e6});
   fields.field("sources", sources, {.help = "names of sources (alambic inspect STORE) that it teaches; empty: all"});
   fields.field("languages", languages, {.help = "languages of sources that it teaches; empty: all"});
@@ -124,27 +127,52 @@ std::optional<models::Decoder> base_of(const models::Decoder& student, const mod
   return base;
 }
 
-Teacher::Teacher(const TeacherConfig& config, const train::TrainConfig& student, train::Inputs& inputs) : config_(config), student_(student) {
+Teacher::Teacher(const TeacherConfig& config, const DivergenceConfig& divergence, const train::TrainConfig& student, train::Inputs& inputs) : config_(config), student_(student) {
+  if (config.model.empty() && config.cache.empty()) fail(ErrorKind::kUsage, "distill.teachers: a teacher has neither a model nor a cache");
+  if (!config.cache.empty()) open_cache(divergence, inputs);
+  else open_model(inputs);
+  serves_ = served(config, inputs.learnt);
+}
+
+void Teacher::open_cache(const DivergenceConfig& divergence, train::Inputs& inputs) {
+  if (!config_.adapter.empty()) fail(ErrorKind::kUsage, "distill.teachers: ", config_.cache.string(), ": a cache has no adapter", Remedy{"cache the merged model"});
+  if (objective_named(divergence.objective) != Objective::kForwardKl)
+    fail(ErrorKind::kUsage, "distill.objective: ", divergence.objective, " needs the teacher's whole distribution, which ", config_.cache.string(), " has not", Remedy{"use forward_kl, or the teacher's model"});
+  cache_.emplace(config_.cache);
+  CacheUse use{.tokenizer_hash = inputs.tokenizer_hash, .vocabulary_size = inputs.model.vocabulary_size, .row_length = student_.data.row_length, .split_long = student_.data.split_long,
+               .teacher_hash = config_.model.empty() ? "" : checkpoints::base_hash(config_.model), .temperature = divergence.temperature};
+  for (const data::TokenStore& store : inputs.learnt) use.store_hashes.push_back(store.hash());
+  cache_->use_for(use);
+  const CacheHeader& header = cache_->header();
+  sha256_ = header.teacher.hash;
+  shared_vocabulary_ = header.form.vocabulary_size;
+  inputs.contributors.push_back({.folder = config_.cache, .sha256 = sha256_, .licence = checkpoints::find_licence(header.teacher.licence),
+                                 .more = {{"family", header.teacher.family}, {"parameters", header.teacher.parameters}, {"weight", config_.weight}, {"name", header.teacher.name}, {"cache_sha256", cache_->hash()}}});
+  inputs.sections_identity["teachers"].push_back({{"sha256", sha256_}, {"cache_sha256", cache_->hash()}});
+}
+
+void Teacher::open_model(train::Inputs& inputs) {
+  const TeacherConfig& config = config_;
   const models::ModelConfig sizes = models::read_model_config(config.model);
   sha256_ = checkpoints::base_hash(config.model);
   same_base_ = sha256_ == inputs.base_hash;
-  shared_vocabulary_ = distill::shared_vocabulary(student.model, inputs.model, config.model, sizes, inputs.warnings);
+  shared_vocabulary_ = distill::shared_vocabulary(student_.model, inputs.model, config.model, sizes, inputs.warnings);
   for (const data::TokenStore& store : inputs.learnt)
     if (store.info().vocabulary_size > sizes.vocabulary_size)
       fail(ErrorKind::kData, config.model.string(), ": the teacher has ", sizes.vocabulary_size, " tokens, ", store.folder().string(), " has ", store.info().vocabulary_size,
            Remedy{"use a teacher that knows every token of the text"});
-  serves_ = served(config, inputs.learnt);
   Json more = {{"family", sizes.family->model_type}, {"parameters", sizes.num_parameters()}, {"weight", config.weight}};
   if (!config.adapter.empty()) {
     checkpoints::read_adapter_config(config.adapter);  // what is wrong with it is said before anything is loaded
     more["adapter"] = config.adapter.string();
     more["adapter_sha256"] = sha256_of_file(config.adapter / "adapter_model.safetensors");
   }
-  inputs.contributors.push_back({.folder = config.model, .sha256 = sha256_, .more = more});
+  inputs.contributors.push_back({.folder = config.model, .sha256 = sha256_, .licence = checkpoints::licence_of_model(config.model), .more = more});
   inputs.sections_identity["teachers"].push_back({{"sha256", sha256_}, {"adapter_sha256", more.value("adapter_sha256", "")}});
 }
 
 void Teacher::load(const models::Decoder& student, const models::Decoder& outside) {
+  if (cache_) return;
   const lora::BaseQuantization quantization = quantization_for(config_, student_, same_base_), of_student = train::quantization_of(student_);
   const bool same_weights = same_base_ && lora::name_of(quantization) == lora::name_of(of_student) && student_.method == "lora" && !train::restarts(student_);
   shares_ = same_weights && base_of(student, outside).has_value();
@@ -175,10 +203,14 @@ void Teacher::make_ready() {
   is_ready_ = true;
 }
 
-at::Tensor Teacher::hidden_KD(const data::Batch& batch, const at::Tensor& index_K) {
+TeacherRows Teacher::rows(const data::Batch& batch, const at::Tensor& index_K, const at::Tensor& weights_K) {
+  if (cache_) {
+    signal_ = cache_->signal(batch);
+    return {.signal = &signal_, .sampled = cache_->header().form.kind != SignalKind::kTopK, .weights_K = weights_K};
+  }
   if (!is_ready_) make_ready();
   const at::NoGradGuard constant;
-  return decoder_.hidden_TD(train::input_of(batch, 0)).index_select(0, index_K);
+  return {.head = &decoder_.head, .hidden_KD = decoder_.hidden_TD(train::input_of(batch, 0)).index_select(0, index_K), .weights_K = weights_K};
 }
 
 bool Teacher::teaches_all() const {

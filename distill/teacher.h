@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-// Teachers in the same process: frozen decoders whose hidden states of a batch are made beside the student's.
+// Teachers: frozen decoders in the same process whose hidden states of a batch are made beside the student's, or what a cache
+// holds of one that has read the text before.
 // Letters: K = kept rows of a batch, D = hidden size.
 #include <ATen/core/Tensor.h>
 
@@ -11,6 +12,9 @@
 #include <vector>
 
 #include "data/batch.h"
+#include "distill/divergence.h"
+#include "distill/imitation.h"
+#include "distill/teacher_cache.h"
 #include "models/decoder.h"
 #include "train/inputs.h"
 #include "train/train_config.h"
@@ -20,6 +24,7 @@ namespace alambic::distill {
 struct TeacherConfig {
   std::filesystem::path model = {};    // a Hugging Face folder; the student's own: its base teaches, without a second copy
   std::filesystem::path adapter = {};  // a PEFT folder on it; "": none
+  std::filesystem::path cache = {};    // a teacher cache to read instead of the model, which then may be left out; "": none
   double weight = 1;              // relative to the other teachers of the same text
   std::vector<std::string> sources = {}, languages = {};  // of the stores learnt from; both empty: it teaches all text
   std::string quantize = "auto";  // auto, none, nf4, int8
@@ -42,18 +47,18 @@ class Teacher {
  public:
   /// Opens the folder and checks it against the student's model and data; notes itself in `inputs`. Error(kUsage) for sources or
   /// languages that no store has; Error(kData) for other tokens.
-  Teacher(const TeacherConfig& config, const train::TrainConfig& student, train::Inputs& inputs);
+  Teacher(const TeacherConfig& config, const DivergenceConfig& divergence, const train::TrainConfig& student, train::Inputs& inputs);
 
   /// Loads it, or takes the student's base, which then must stay where it is: `outside` as above.
   void load(const models::Decoder& student, const models::Decoder& outside);
 
-  /// Final hidden states of the rows index_K, in the compute type. No gradients.
-  at::Tensor hidden_KD(const data::Batch& batch, const at::Tensor& index_K);
+  /// What it says of the rows index_K, the kept ones, of which each counts weights_K (f32). No gradients. Reads this teacher's
+  /// memory; valid until the next call.
+  TeacherRows rows(const data::Batch& batch, const at::Tensor& index_K, const at::Tensor& weights_K);
   /// Its weight for each document of a batch; 0: it does not teach that text.
   double weight_of(const data::Origin& origin) const { return serves_.at(origin.store).at(origin.source) ? config_.weight : 0; }
 
   bool teaches_all() const;
-  const models::Linear& head() const { return decoder_.head; }
   std::int64_t shared_vocabulary() const { return shared_vocabulary_; }
   std::uint64_t num_bytes() const { return num_bytes_; }  // of its own, after load()
   bool shares_the_base() const { return shares_; }
@@ -64,12 +69,16 @@ class Teacher {
   train::TrainConfig student_;
   const models::Decoder* student_decoder_ = nullptr;  // whose base it is
   models::Decoder decoder_, outside_;
+  std::optional<TeacherCache> cache_;
+  SparseSignal signal_;                    // of the cache, for the batch last asked for
   std::vector<std::vector<bool>> serves_;  // by store and source
   std::int64_t shared_vocabulary_ = 0;
   std::uint64_t num_bytes_ = 0;
   std::string sha256_;
   bool same_base_ = false, shares_ = false, is_ready_ = false;
 
+  void open_cache(const DivergenceConfig& divergence, train::Inputs& inputs);
+  void open_model(train::Inputs& inputs);
   void make_ready();
 };
 

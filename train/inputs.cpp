@@ -76,7 +76,7 @@ Json describe_data(const TrainConfig& config, const Inputs& inputs) {
 Json describe_contributors(const Inputs& inputs) {
   Json all = Json::array();
   for (const Contributor& contributor : inputs.contributors) {
-    Json one = {{"folder", contributor.folder.string()}, {"sha256", contributor.sha256}, {"licence", checkpoints::licence_of_model(contributor.folder).spdx}};
+    Json one = {{"folder", contributor.folder.string()}, {"sha256", contributor.sha256}, {"licence", contributor.licence.spdx}};
     one.update(contributor.more);
     all.push_back(one);
   }
@@ -92,7 +92,7 @@ Json licence_verdict(const TrainConfig& config, const Inputs& inputs) {
   };
   judge(config.model.string(), checkpoints::licence_of_model(config.model));
   for (const Contributor& contributor : inputs.contributors)
-    if (contributor.sha256 != inputs.base_hash) judge(contributor.folder.string(), checkpoints::licence_of_model(contributor.folder));
+    if (contributor.sha256 != inputs.base_hash) judge(contributor.folder.string(), contributor.licence);
   for (const data::TokenStore& store : inputs.learnt)
     for (const data::SourceInfo& source : store.info().sources) judge(store.folder().string() + ": " + source.name, checkpoints::find_licence(source.licence));
   return {{"verdict", restricted ? "restricted" : unknown ? "unknown" : "open"}, {"reasons", reasons}};

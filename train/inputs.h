@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "checkpoints/licence.h"
 #include "core/json.h"
 #include "data/token_store.h"
 #include "models/config.h"
@@ -14,8 +15,9 @@ namespace alambic::train {
 
 /// A model besides the base that the result is made from (a teacher): its terms reach the result too.
 struct Contributor {
-  std::filesystem::path folder;
-  std::string sha256;
+  std::filesystem::path folder;  // of the model, or of what was kept of it (a teacher cache)
+  std::string sha256;            // of the model
+  checkpoints::Licence licence;
   Json more = Json::object();  // further facts for the report
 };
 

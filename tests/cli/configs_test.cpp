@@ -11,6 +11,7 @@
 #include "data/prepare.h"
 #include "distill/distill.h"
 #include "distill/prune.h"
+#include "distill/write_cache.h"
 #include "train/train_config.h"
 
 namespace alambic::cli {
@@ -33,7 +34,8 @@ std::pair<int, std::string> call(const std::vector<std::string>& words) {
 }
 
 bool is_for_prune(const fs::path& config) { return config.filename().string().starts_with("prune-"); }
-bool is_for_train(const fs::path& config) { return !is_for_prune(config) && read_file(config).find("\nmodel:") != std::string::npos; }
+bool is_for_cache(const fs::path& config) { return config.filename().string().starts_with("cache-"); }
+bool is_for_train(const fs::path& config) { return !is_for_prune(config) && !is_for_cache(config) && read_file(config).find("\nmodel:") != std::string::npos; }
 
 bool is_for_distill(const fs::path& config) { return has_top_key(config, {}, "distill"); }
 
@@ -53,7 +55,7 @@ std::set<std::string> leaves(const Json& value, const std::string& path) {
 TEST(Configs, AreReadStrictlyAndExplainedByHelp) {
   const std::string train_help = call({"train", "--help"}).second, distill_help = call({"distill", "--help"}).second, prepare_help = call({"prepare", "--help"}).second;
   const std::string prune_help = call({"prune", "--help"}).second;
-  std::size_t num_train = 0, num_prepare = 0, num_prune = 0;
+  std::size_t num_train = 0, num_prepare = 0, num_prune = 0, num_cache = 0;
   for (const fs::path& path : configs()) {
     SCOPED_TRACE(path.string());
     Json resolved;
@@ -70,11 +72,14 @@ TEST(Configs, AreReadStrictlyAndExplainedByHelp) {
       const auto config = read_config<distill::PruneConfig>(path);
       distill::check(config);
       resolved = resolved_config(config);
+    } else if (is_for_cache(path)) {
+      ++num_cache;
+      resolved = resolved_config(read_config<distill::CacheConfig>(path));
     } else {
       ++num_prepare;
       resolved = resolved_config(read_config<data::PrepareConfig>(path));
     }
-    const std::string& help = is_for_distill(path) ? distill_help : is_for_train(path) ? train_help : is_for_prune(path) ? prune_help : prepare_help;
+    const std::string& help = is_for_distill(path) || is_for_cache(path) ? distill_help : is_for_train(path) ? train_help : is_for_prune(path) ? prune_help : prepare_help;
     const std::set<std::string> keys = leaves(resolved, "");
     EXPECT_GT(keys.size(), 5u);
     for (const std::string& key : keys) EXPECT_NE(help.find("\n  " + key + "  ("), std::string::npos) << key << " is not explained by --help";
@@ -82,6 +87,7 @@ TEST(Configs, AreReadStrictlyAndExplainedByHelp) {
   EXPECT_GT(num_train, 0u);
   EXPECT_GT(num_prepare, 0u);
   EXPECT_GT(num_prune, 0u);
+  EXPECT_GT(num_cache, 0u);
 }
 
 TEST(Configs, DryRunsFailForTheMissingInputsAlone) {
@@ -91,6 +97,7 @@ TEST(Configs, DryRunsFailForTheMissingInputsAlone) {
     // it (keys, ranges, contradictions between them) was found right.
     const bool train = is_for_train(path);
     const auto [code, said] = train ? call({"plan", path.string(), "--no-probe", "--set", "model=no-such-model"})
+                              : is_for_cache(path) ? call({"distill", "--cache", path.string(), "--set", "model=no-such-model", "--set", "output=no-such-store"})
                               : is_for_prune(path)
                                   ? call({"prune", path.string(), "--set", "model=no-such-model", "--set", "output=no-such-student"})
                                   : call({"prepare", path.string(), "--set", "tokenizer=no-such-model", "--set", "output=no-such-store"});

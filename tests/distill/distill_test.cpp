@@ -13,6 +13,7 @@
 #include "checkpoints/peft_folder.h"
 #include "core/files.h"
 #include "distill/imitation.h"
+#include "distill/write_cache.h"
 #include "lora/initialise.h"
 #include "models/fused_blocks.h"
 #include "tests/closeness.h"
@@ -256,7 +257,7 @@ TEST(Distill, AnAdapterTeachesOnTheBaseThatItShares) {
   train::Inputs inputs = train::open_inputs(config);
   models::Decoder expected = checkpoints::load_decoder(config.model, at::kFloat), student = checkpoints::load_decoder(config.model, at::kFloat);
   checkpoints::load_adapter(expected, testing::golden_path("peft/llama_tied.lora"));
-  Teacher teacher({.model = config.model, .adapter = testing::golden_path("peft/llama_tied.lora")}, config, inputs);
+  Teacher teacher({.model = config.model, .adapter = testing::golden_path("peft/llama_tied.lora")}, {}, config, inputs);
   const models::Decoder outside = outside_of_linears(student);
   train::make_trainable(student, config);
   ASSERT_EQ(models::use_fused_blocks(student), "");
@@ -264,9 +265,38 @@ TEST(Distill, AnAdapterTeachesOnTheBaseThatItShares) {
   lora::initialise(student, config.lora, 3);
   EXPECT_TRUE(teacher.shares_the_base());
   EXPECT_EQ(teacher.num_bytes(), 0u);
-  EXPECT_TRUE(teacher.hidden_KD(batch, index_K).equal(hidden_of(expected, batch).index_select(0, index_K)));
+  EXPECT_TRUE(teacher.rows(batch, index_K, {}).hidden_KD.equal(hidden_of(expected, batch).index_select(0, index_K)));
   hidden_of(student, batch);  // its adapters go into the memory behind the shared weights
-  EXPECT_TRUE(teacher.hidden_KD(batch, index_K).equal(hidden_of(expected, batch).index_select(0, index_K)));
+  EXPECT_TRUE(teacher.rows(batch, index_K, {}).hidden_KD.equal(hidden_of(expected, batch).index_select(0, index_K)));
+}
+
+// A cache of all 48 tokens of a tiny vocabulary holds the whole distribution, but for what 32-bit entries round off.
+TEST(Distill, ACachedTeacherTeachesAsTheLiveOneDoes) {
+  const ScratchFolder folder;
+  DistillConfig live = tiny_config(folder.path(), "live", other_model()), cached = tiny_config(folder.path(), "cached", "");
+  const CacheConfig cache{.model = other_model(), .output = folder.path() / "cache", .stores = {{.store = live.train.data.mixture.at(0).store}}, .kind = "top_k", .k = 48, .temperature = 2,
+                          .row_length = live.train.data.row_length, .split_long = live.train.data.split_long, .compute_type = "f32", .tokenizer = live.train.model};
+  EXPECT_TRUE(write_cache(cache, never).complete);
+  cached.distill.teachers = {{.model = {}, .cache = cache.output}};
+  const train::TrainReport of_live = distill(live, false, never), of_cache = distill(cached, false, never);
+  const std::vector<Json> with_teacher = steps_of(live.train.output), without = steps_of(cached.train.output);
+  ASSERT_EQ(with_teacher.size(), without.size());
+  for (std::size_t i = 0; i < without.size(); ++i) {
+    for (const char* part : {"cross_entropy", "divergence"}) EXPECT_NEAR(number(without[i], part), number(with_teacher[i], part), 1e-4 * number(with_teacher[i], part)) << part;
+  }
+  EXPECT_EQ(of_cache.json["teachers"][0]["sha256"], of_live.json["teachers"][0]["sha256"]);
+
+  const auto refused = [&](ErrorKind kind, const char* why, const std::function<void(DistillConfig&)>& change) {
+    DistillConfig wrong = cached;
+    wrong.train.output = folder.path() / "refused";
+    change(wrong);
+    EXPECT_TRUE(fails_with(kind, why, [&] { distill(wrong, false, never); }));
+  };
+  refused(ErrorKind::kUsage, "whole distribution", [](DistillConfig& wrong) { wrong.distill.divergence.objective = "reverse_kl"; });
+  refused(ErrorKind::kUsage, "temperature", [](DistillConfig& wrong) { wrong.distill.divergence.temperature = 1; });
+  refused(ErrorKind::kUsage, "row_length", [](DistillConfig& wrong) { wrong.train.data.row_length /= 2; });
+  refused(ErrorKind::kData, "teacher", [](DistillConfig& wrong) { wrong.distill.teachers[0].model = wrong.train.model; });
+  refused(ErrorKind::kUsage, "neither a model nor a cache", [](DistillConfig& wrong) { wrong.distill.teachers[0].cache.clear(); });
 }
 
 TEST(Distill, AnotherTeacherIsAnotherRun) {
