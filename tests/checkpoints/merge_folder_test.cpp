@@ -6,6 +6,8 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
+
 #include "checkpoints/hf_folder.h"
 #include "checkpoints/manifest.h"
 #include "checkpoints/peft_folder.h"
