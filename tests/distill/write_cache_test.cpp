@@ -287,9 +287,12 @@ TEST(WriteCache, ComparesVocabulariesIdById) {
   const std::string text = read_file(golden / "tokenizer.json");
   Json swapped = parse_json(text, "tokenizer.json"), rewritten = swapped;
   Json& vocabulary = swapped["model"]["vocab"];
-  std::vector<std::string> names;
-  for (const auto& [name, id] : vocabulary.items()) names.push_back(name);
-  const std::string one = names.at(names.size() - 1), two = names.at(names.size() - 2);
+  std::string one, two;
+  for (const auto& [name, id] : vocabulary.items()) {
+    if (id == 40) one = name;
+    if (id == 41) two = name;
+  }
+  ASSERT_FALSE(one.empty() || two.empty());
   std::swap(vocabulary[one], vocabulary[two]);
   rewritten["post_processor"] = nullptr;
   CacheConfig config = tiny_cache(scratch.path(), "cache");
@@ -311,6 +314,7 @@ TEST(WriteCache, ComparesVocabulariesIdById) {
   config.model = other;
   EXPECT_TRUE(fails_with(ErrorKind::kData, "equal sizes do not make equal ids", [&] { write_cache(config, never); }));
   config.tokenizer = own;
+  EXPECT_TRUE(fails_with(ErrorKind::kData, "its id 40 is \"" + two + "\"", [&] { write_cache(config, never); }));
   config.model = written;
   EXPECT_EQ(write_cache(config, never).totals.rows, 3u);
   fs::remove_all(config.output);
