@@ -12,6 +12,7 @@
 
 #include "checkpoints/gguf_tokenizer.h"
 #include "core/json.h"
+#include "models/decoder.h"
 
 namespace alambic::checkpoints {
 
@@ -42,6 +43,9 @@ class GgufFile {
 /// manifest.json. The folder is renamed into place when all of it is there. weights: the type written (f32, bf16, f16).
 /// Error(kUsage) when `folder` exists; Error(kData) listing tensors and keys that are missing or have no place.
 void import_gguf(const std::filesystem::path& gguf, const std::filesystem::path& folder, at::ScalarType weights = at::kFloat);
+
+/// The decoder in a GGUF file, de-quantised to f32: what a program that reads the file computes with.
+models::Decoder load_gguf(const std::filesystem::path& gguf);
 
 /// True when `folder` is what import_gguf makes of this very file and type: its manifest names the file's SHA-256, and
 /// every file it lists is there with its hash.

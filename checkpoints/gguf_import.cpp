@@ -9,6 +9,7 @@
 #include <set>
 
 #include "checkpoints/gguf.h"
+#include "checkpoints/gguf_names.h"
 #include "checkpoints/hf_folder.h"
 #include "checkpoints/licence.h"
 #include "checkpoints/manifest.h"
@@ -21,47 +22,8 @@
 namespace alambic::checkpoints {
 namespace {
 
-using models::Slot;
-
-// What GGUF calls the modules of a decoder; {L} stands for the layer number.
-struct SlotName {
-  Slot slot;
-  const char* gguf;
-};
-constexpr SlotName kSlotNames[] = {
-    {Slot::kEmbedding, "token_embd"},
-    {Slot::kAttentionNorm, "blk.{L}.attn_norm"},
-    {Slot::kQuery, "blk.{L}.attn_q"},
-    {Slot::kKey, "blk.{L}.attn_k"},
-    {Slot::kValue, "blk.{L}.attn_v"},
-    {Slot::kQueryKeyValue, "blk.{L}.attn_qkv"},
-    {Slot::kOutput, "blk.{L}.attn_output"},
-    {Slot::kQueryNorm, "blk.{L}.attn_q_norm"},
-    {Slot::kKeyNorm, "blk.{L}.attn_k_norm"},
-    {Slot::kAfterAttentionNorm, "blk.{L}.post_attention_norm"},
-    {Slot::kMlpNorm, "blk.{L}.ffn_norm"},
-    {Slot::kGate, "blk.{L}.ffn_gate"},
-    {Slot::kUp, "blk.{L}.ffn_up"},
-    {Slot::kGateUp, "blk.{L}.ffn_up"},
-    {Slot::kDown, "blk.{L}.ffn_down"},
-    {Slot::kAfterMlpNorm, "blk.{L}.post_ffw_norm"},
-    {Slot::kFinalNorm, "output_norm"},
-    {Slot::kHead, "output"},
-};
-
-// An architecture of GGUF and the family it becomes.
-struct Architecture {
-  const char* gguf;
-  const char* model_type;
-  bool rotated_in_pairs;  // rows of q and k lie as llama.cpp's rotation of neighbours wants them; published weights rotate halves
-};
-constexpr Architecture kArchitectures[] = {
-    {"llama", "llama", true}, {"smollm3", "smollm3", true}, {"qwen2", "qwen2", false},
-    {"qwen3", "qwen3", false}, {"gemma3", "gemma3_text", false}, {"phi3", "phi3", false},
-};
-
 // Tensors that describe the rotation; they go into config.json.
-constexpr const char* kRopeTensors[] = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"};
+constexpr const char* kRopeTensors[] = {kGgufRopeFreqs, kGgufRopeLong, kGgufRopeShort};
 
 /// Metadata with the keys of the architecture ("llama.block_count" as "block_count") and a record of which were read.
 class Metadata {
@@ -99,11 +61,12 @@ class Metadata {
   std::set<std::string> used_;
 };
 
-const Architecture& find_architecture(const Metadata& metadata) {
-  std::string known;
-  for (const Architecture& candidate : kArchitectures) {
+const GgufArchitecture& find_architecture(const Metadata& metadata) {
+  std::string known, last;
+  for (const GgufArchitecture& candidate : gguf_architectures()) {
     if (metadata.architecture() == candidate.gguf) return candidate;
-    known += (known.empty() ? "" : ", ") + std::string(candidate.gguf);
+    if (candidate.gguf != last) known += (known.empty() ? "" : ", ") + std::string(candidate.gguf);
+    last = candidate.gguf;
   }
   fail(ErrorKind::kData, metadata.source(), ": general.architecture \"", metadata.architecture(), "\" is not implemented; these are: ", known);
 }
@@ -155,6 +118,9 @@ Json rope_scaling(Metadata& metadata, const GgufFile& file, double theta) {
     Json scaling{{"rope_type", "yarn"}, {"factor", factor}};
     if (original > 0) scaling["original_max_position_embeddings"] = original;
     if (attention_factor > 0) scaling["attention_factor"] = attention_factor;
+    for (const auto& [key, name] : {std::pair{"rope.scaling.yarn_attn_factor", "attention_factor"}, std::pair{"rope.scaling.yarn_beta_fast", "beta_fast"},
+                                    std::pair{"rope.scaling.yarn_beta_slow", "beta_slow"}})
+      if (metadata.has(key)) scaling[name] = metadata.need<double>(key);
     return scaling;
   }
   fail(ErrorKind::kData, metadata.source(), ": ", metadata.architecture(), ".rope.scaling.type \"", type, "\" is not implemented");
@@ -170,9 +136,9 @@ std::vector<std::int64_t> end_ids(const Metadata& metadata) {
   return ids;
 }
 
-Json make_config(Metadata& metadata, const Architecture& architecture, const GgufFile& file, at::ScalarType weights) {
+Json make_config(Metadata& metadata, const GgufArchitecture& architecture, const GgufFile& file, at::ScalarType weights) {
   const models::Family& family = models::find_family(architecture.model_type);
-  const std::string model_type = architecture.model_type;
+  const std::string model_type(architecture.model_type);
   const bool gemma = model_type == "gemma3_text";
   const auto num_layers = metadata.need<std::int64_t>("block_count"), hidden = metadata.need<std::int64_t>("embedding_length");
   const auto num_heads = metadata.need<std::int64_t>("attention.head_count"), num_kv_heads = metadata.get<std::int64_t>("attention.head_count_kv", num_heads);
@@ -256,53 +222,19 @@ Json make_config(Metadata& metadata, const Architecture& architecture, const Ggu
   return config;
 }
 
-// One tensor to be written: where it comes from and what is done to it.
-struct Move {
-  std::string from, to;
-  std::vector<std::int64_t> shape;
-  std::int64_t pairs_of_heads = 0;  // not 0: undo the pairwise order of so many heads
-  double subtract = 0;
-};
-
-std::string with_layer(std::string_view pattern, std::int64_t layer) {
-  const std::size_t at = pattern.find("{L}");
-  if (at == std::string_view::npos) return std::string(pattern);
-  return std::string(pattern.substr(0, at)) + std::to_string(layer) + std::string(pattern.substr(at + 3));
-}
-
-std::vector<Move> plan_moves(const models::ModelConfig& config, const Architecture& architecture, const GgufFile& file, const std::string& source) {
-  struct Place {
-    std::string gguf;
-    Slot slot;
-  };
-  std::map<std::string, Place> places;  // published module -> GGUF module
-  for (const models::WeightName& row : config.family->names) {
-    const auto name = std::find_if(std::begin(kSlotNames), std::end(kSlotNames), [&](const SlotName& candidate) { return candidate.slot == row.slot; });
-    if (name == std::end(kSlotNames)) fail(ErrorKind::kBug, "no GGUF name for ", row.published);
-    const bool layered = row.published.find("{L}") != std::string_view::npos;
-    for (std::int64_t layer = 0; layer < (layered ? config.num_layers : 1); ++layer)
-      places.emplace(with_layer(row.published, layer), Place{with_layer(name->gguf, layer), row.slot});
-  }
-
+/// What becomes what. Error(kData) lists the tensors that are missing, misshapen or have no place.
+std::vector<GgufMove> plan_moves(const models::ModelConfig& config, const GgufArchitecture& architecture, const GgufFile& file, const std::string& source) {
   std::map<std::string, const GgufTensor*> stored;
   for (const GgufTensor& tensor : file.tensors()) stored.emplace(tensor.name, &tensor);
   for (const char* name : kRopeTensors) stored.erase(name);
-  std::vector<Move> moves;
+  const std::vector<GgufMove> moves = gguf_moves(config, architecture);
   std::vector<std::string> problems;
   const auto shape_text = [](const std::vector<std::int64_t>& shape) { return to_line(Json(shape)); };
-  for (const auto& [published, shape] : models::expected_shapes(config)) {
-    const std::size_t dot = published.rfind('.');
-    const auto place = places.find(published.substr(0, dot));
-    if (place == places.end()) fail(ErrorKind::kBug, "no GGUF name for ", published);
-    Move move{place->second.gguf + published.substr(dot), published, shape};
-    if (architecture.rotated_in_pairs && place->second.slot == Slot::kQuery) move.pairs_of_heads = config.num_heads;
-    if (architecture.rotated_in_pairs && place->second.slot == Slot::kKey) move.pairs_of_heads = config.num_kv_heads;
-    if (move.from.ends_with("norm.weight")) move.subtract = config.family->norm_weight_offset;
-    const auto found = stored.find(move.from);
-    if (found == stored.end()) problems.push_back("missing \"" + move.from + "\" " + shape_text(shape));
-    else if (found->second->shape != shape) problems.push_back("\"" + move.from + "\" has shape " + shape_text(found->second->shape) + ", the metadata asks for " + shape_text(shape));
+  for (const GgufMove& move : moves) {
+    const auto found = stored.find(move.gguf);
+    if (found == stored.end()) problems.push_back("missing \"" + move.gguf + "\" " + shape_text(move.shape));
+    else if (found->second->shape != move.shape) problems.push_back("\"" + move.gguf + "\" has shape " + shape_text(found->second->shape) + ", the metadata asks for " + shape_text(move.shape));
     if (found != stored.end()) stored.erase(found);
-    moves.push_back(std::move(move));
   }
   for (const auto& [name, tensor] : stored) problems.push_back("\"" + name + "\" " + shape_text(tensor->shape) + " has no place in a " + std::string(config.family->model_type) + " model");
   if (!problems.empty()) {
@@ -311,18 +243,6 @@ std::vector<Move> plan_moves(const models::ModelConfig& config, const Architectu
     fail(ErrorKind::kData, source, ": metadata and tensors disagree in ", problems.size(), problems.size() == 1 ? " place: " : " places: ", all);
   }
   return moves;
-}
-
-at::Tensor moved(const GgufFile& file, const Move& move) {
-  at::Tensor tensor = file.tensor(move.from);
-  if (move.pairs_of_heads > 0) {
-    // llama.cpp's rotation turns rows 2i and 2i+1 of a head together, transformers' rows i and i + half.
-    std::vector<std::int64_t> split = {move.pairs_of_heads, tensor.size(0) / move.pairs_of_heads / 2, 2};
-    split.insert(split.end(), tensor.sizes().begin() + 1, tensor.sizes().end());
-    tensor = tensor.reshape(split).transpose(1, 2).reshape(move.shape);
-  }
-  if (move.subtract != 0) tensor = tensor.to(at::kFloat) - move.subtract;
-  return tensor;
 }
 
 bool is_plain_name(const std::string& name) {
@@ -400,10 +320,10 @@ void import_gguf(const fs::path& gguf, const fs::path& folder, at::ScalarType we
   Metadata metadata(file.metadata(), gguf.string());
   if (value_or<std::int64_t>(file.metadata(), "split.count", 1, gguf.string()) > 1)
     fail(ErrorKind::kData, gguf.string(), ": is one part of a split GGUF file", Remedy{"join the parts first (llama.cpp: llama-gguf-split --merge)"});
-  const Architecture& architecture = find_architecture(metadata);
+  const GgufArchitecture& architecture = find_architecture(metadata);
   const Json config_json = make_config(metadata, architecture, file, weights);
   const models::ModelConfig config = models::read_model_config(config_json, gguf.string() + " (as config.json)");
-  const std::vector<Move> moves = plan_moves(config, architecture, file, gguf.string());
+  const std::vector<GgufMove> moves = plan_moves(config, architecture, file, gguf.string());
   const Json tokenizer = tokenizer_json_from_gguf(file.metadata(), gguf.string());
   const Json tokenizer_config = tokenizer_config_from_gguf(file.metadata(), gguf.string());
 
@@ -412,8 +332,8 @@ void import_gguf(const fs::path& gguf, const fs::path& folder, at::ScalarType we
     fail(ErrorKind::kResource, folder.string(), ": the weights need ", needed, " bytes, ", free, " are free", Remedy{"free some space or choose another output folder"});
   const TemporaryFolder temporary(folder);
   std::vector<std::pair<std::string, std::vector<std::int64_t>>> names_and_shapes;
-  for (const Move& move : moves) names_and_shapes.emplace_back(move.to, move.shape);
-  const auto written = write_weights(temporary.path(), names_and_shapes, weights, [&](std::size_t i) { return moved(file, moves[i]); });
+  for (const GgufMove& move : moves) names_and_shapes.emplace_back(move.published, move.shape);
+  const auto written = write_weights(temporary.path(), names_and_shapes, weights, [&](std::size_t i) { return from_gguf(file.tensor(moves[i].gguf), moves[i]); });
   write_file(temporary.path() / "config.json", config_json.dump(2) + "\n");
   Json generation{{"_from_model_config", true}};
   for (const char* key : {"bos_token_id", "eos_token_id", "pad_token_id"})
@@ -429,6 +349,21 @@ void import_gguf(const fs::path& gguf, const fs::path& folder, at::ScalarType we
   if (const std::string_view text = licence_text(card.licence.spdx); !text.empty()) write_file(temporary.path() / "LICENSE", text);
   write_manifest(temporary.path(), {{"made", kMade}, {"gguf", {{"file", gguf.filename().string()}, {"sha256", sha256}}}, {"weights", config_name_of(weights)}}, written);
   commit_folder(temporary.path(), folder);
+}
+
+models::Decoder load_gguf(const fs::path& path) {
+  const GgufFile file(path);
+  Metadata metadata(file.metadata(), path.string());
+  const GgufArchitecture& architecture = find_architecture(metadata);
+  models::Decoder decoder = models::make_decoder(models::read_model_config(make_config(metadata, architecture, file, at::kFloat), path.string() + " (as config.json)"));
+  const std::vector<GgufMove> moves = plan_moves(decoder.config, architecture, file, path.string());
+  const std::vector<models::NamedTensor> tensors = decoder.tensors();
+  for (std::size_t i = 0; i < moves.size(); ++i) {
+    if (tensors.at(i).name != moves[i].published) fail(ErrorKind::kBug, "tensor ", i, " is ", tensors[i].name, " and not ", moves[i].published);
+    *tensors[i].tensor = from_gguf(file.tensor(moves[i].gguf), moves[i]).to(at::kFloat);
+  }
+  if (decoder.head_tied) decoder.head.weight_OI = decoder.embedding_VD;
+  return decoder;
 }
 
 bool is_complete_import(const fs::path& gguf, const fs::path& folder, at::ScalarType weights) {

@@ -380,6 +380,36 @@ Json byte_level_bpe(const Vocabulary& v) {
   return whole(v, spelled, nullptr, pre_tokenizer_of(v), std::move(decoder), bpe_json(vocabulary_json(spelled, ids), given_merges(v, ids)));
 }
 
+// Names under which llama.cpp b10605 splits text so, the first choice first.
+constexpr struct {
+  const char* name;
+  const char* pattern;
+  bool ignore_merges;
+} kExportedPreTokenizers[] = {
+    {"llama-bpe", kLlama3, true}, {"smaug-bpe", kLlama3, false}, {"qwen2", kQwen2, false}, {"qwen35", kQwen35, false},
+    {"tekken", kTekken, true},    {"gpt-4o", kGpt4o, false},     {"gpt-2", nullptr, false},
+};
+
+bool same_steps(const Json& given, const Json& wanted) {
+  // A pipeline of one step is that step; what is absent has its default.
+  const auto listed = [](const Json& pipeline) {
+    Json steps = pipeline.is_object() && pipeline.value("type", "") == "Sequence" ? pipeline.value("pretokenizers", Json::array()) : Json::array({pipeline});
+    for (Json& step : steps)
+      if (step.is_object() && step.value("type", "") == "ByteLevel") {
+        step = {{"type", "ByteLevel"}, {"add_prefix_space", step.value("add_prefix_space", true)}, {"use_regex", step.value("use_regex", true)}};
+      } else if (step.is_object() && step.value("type", "") == "Split" && step.value("behavior", "") == "Removed" && step.value("invert", false)) {
+        step["behavior"] = "Isolated", step["invert"] = false;  // keeping the matches alone: these patterns match everything
+      }
+    return steps;
+  };
+  const Json left = listed(given), right = listed(wanted);
+  if (left.size() != right.size()) return false;
+  for (std::size_t i = 0; i < left.size(); ++i)
+    for (const auto& [key, value] : right[i].items())
+      if (!left[i].is_object() || !left[i].contains(key) || left[i][key] != value) return false;
+  return true;
+}
+
 // ---- SentencePiece ----
 
 Json sentencepiece_bpe(const Vocabulary& v) {
@@ -443,6 +473,20 @@ Json sentencepiece_unigram(const Vocabulary& v) {
 }
 
 }  // namespace
+
+PreTokenizerName gguf_pre_tokenizer(const Json& pre_tokenizer, bool ignore_merges, std::string_view source) {
+  std::optional<PreTokenizerName> found;
+  for (const auto& known : kExportedPreTokenizers) {
+    if (!same_steps(pre_tokenizer, known.pattern ? split_by(known.pattern) : byte_level(true))) continue;
+    if (!found || known.ignore_merges == ignore_merges) found = PreTokenizerName{known.name, known.ignore_merges};
+  }
+  const Json digits = {{"type", "Digits"}, {"individual_digits", true}};
+  if (!found && same_steps(pre_tokenizer, {{"type", "Sequence"}, {"pretokenizers", Json::array({digits, byte_level(true)})}})) found = PreTokenizerName{"smollm", false};
+  if (!found)
+    fail(ErrorKind::kData, source, ": llama.cpp has no name for this pre-tokenizer, so it would split text otherwise: ", to_line(pre_tokenizer),
+         Remedy{"llama.cpp's own converter knows further models"});
+  return *found;
+}
 
 Json tokenizer_json_from_gguf(const Json& metadata, std::string_view source) {
   const Vocabulary v = read_vocabulary(metadata, source);

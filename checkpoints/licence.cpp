@@ -237,7 +237,8 @@ class ExpressionParser {
   bool broken_ = false;
 };
 
-/// Values of one key of a README's YAML front matter: a scalar, or a list below it. Only what model cards use is understood.
+}  // namespace
+
 std::vector<std::string> front_matter(std::string_view readme, std::string_view key) {
   std::vector<std::string> values;
   const auto unquoted = [](std::string_view text) {
@@ -274,8 +275,6 @@ std::vector<std::string> front_matter(std::string_view readme, std::string_view 
   }
   return {};  // the front matter never ended
 }
-
-}  // namespace
 
 Licence find_licence(std::string_view id) {
   constexpr std::size_t kLongest = 1000;

@@ -40,6 +40,9 @@ Licence combined(const std::vector<Licence>& parts);
 /// two name different licences, both bind. Nothing found: unknown.
 Licence licence_of_model(const std::filesystem::path& folder);
 
+/// Values of one key of a README's YAML front matter: a scalar, or a list below it. Only what model cards use is understood.
+std::vector<std::string> front_matter(std::string_view readme, std::string_view key);
+
 /// The licence whose text this is, by its title; unknown otherwise.
 Licence licence_of_text(std::string_view text);
 

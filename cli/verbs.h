@@ -16,6 +16,7 @@ Verb completion_verb();
 Verb distill_verb();
 Verb doctor_verb();
 Verb evaluate_verb();
+Verb export_verb();
 Verb extend_verb();
 Verb generate_verb();
 Verb help_verb();

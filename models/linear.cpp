@@ -205,6 +205,7 @@ at::Tensor Linear::dense_OI(at::ScalarType type) const {
 }
 
 at::Tensor Linear::operator()(const at::Tensor& x_TI, std::uint64_t dropout_seed) const {
+  if (input_squares_I.defined()) at::Tensor(input_squares_I).add_(x_TI.detach().to(at::kFloat).square().sum(0, false, at::kDouble));
   const Maybe bias = if_defined(bias_O), weight = quantized ? Maybe() : Maybe(weight_OI);
   if (token_rows_ND.defined()) {
     const Linear plain{.weight_OI = weight_OI, .bias_O = bias_O, .adapter = adapter};

@@ -42,6 +42,8 @@ struct Linear {
   /// Of a head whose rows for these tokens are trained apart (models/token_rows.h); undefined and empty elsewhere. f32 [N, I].
   at::Tensor token_rows_ND = {};
   std::vector<std::int64_t> token_row_ids = {};
+  /// Where defined, f64 [I]: each pass without the fused blocks adds the square of its input, column by column (train/importance.h).
+  at::Tensor input_squares_I = {};
 
   /// x_TI in f32 or the compute type; the result has the compute type. dropout_seed: 0 = evaluating, no dropout.
   at::Tensor operator()(const at::Tensor& x_TI, std::uint64_t dropout_seed) const;

@@ -629,6 +629,26 @@ TEST_F(CommandLine, PruneMakesAStudentAndTellsOfIt) {
   EXPECT_TRUE(refuses({"prune", config, "--set", "output=" + out + "2", "--set", "vocabulary.stores=[" + there("store") + "]"}, 2, "type WordLevel cannot be made smaller"));
 }
 
+TEST_F(CommandLine, ExportChecksWhatItIsAskedFor) {
+  const std::string out = (scratch_ / "out.gguf").string();
+  EXPECT_TRUE(refuses({"export", there("model")}, 2, "export: GGUF is missing"));
+  EXPECT_TRUE(refuses({"export", there("model"), out, "--type", "q4_k"}, 2, "--type must be one of f32, f16, bf16, q8_0"));
+  EXPECT_TRUE(refuses({"export", there("empty"), out}, 3, "config.json"));
+  EXPECT_TRUE(refuses({"export", there("no-tokenizer"), out}, 3, "holds no tokenizer.json"));
+  EXPECT_TRUE(refuses({"export", there("model"), out}, 3, "a tokenizer of type \"WordLevel\" is not exported; BPE is"));
+  EXPECT_TRUE(refuses({"export", there("model"), there("notes.md")}, 2, "notes.md: exists already and is never overwritten"));
+  EXPECT_TRUE(refuses({"export", there("model"), out, "--evaluate", there("foreign-store")}, 3, "made by another tokenizer"));
+  EXPECT_TRUE(refuses({"export", there("model"), out, "--importance", there("words.txt")}, 3, "words.txt"));
+  EXPECT_TRUE(refuses({"export", there("model"), out, "--write-importance", out}, 2, "--write-importance needs --calibration"));
+  EXPECT_TRUE(refuses({"export", there("model"), out, "--base", there("other")}, 2, "--base goes with an adapter"));
+  EXPECT_TRUE(refuses({"export", there("adapter"), out, "--base", there("model"), "--evaluate", there("store")}, 2, "--evaluate does not go with an adapter"));
+  EXPECT_FALSE(fs::exists(out));
+  const Json report = object_of(call({"export", there("adapter"), out, "--base", there("model"), "--json"}));
+  EXPECT_EQ(report["type"], "f32");
+  EXPECT_TRUE(fs::exists(out));
+  EXPECT_TRUE(fs::exists(scratch_ / "README.md"));
+}
+
 TEST_F(CommandLine, ImportMistakes) {
   const std::string out = (scratch_ / "out").string();
   EXPECT_TRUE(refuses({"import", there("words.txt")}, 2, "import: FOLDER is missing"));
