@@ -430,11 +430,16 @@ GgufExportReport export_gguf_adapter(const fs::path& base, const fs::path& adapt
   return report;
 }
 
+fs::path export_card_path(const fs::path& output) {
+  fs::path card = (output.has_parent_path() ? output.parent_path() : fs::path(".")) / "README.md";
+  if (fs::exists(fs::symlink_status(card))) card = fs::path(output).replace_extension(".md");
+  if (fs::exists(fs::symlink_status(card)))
+    fail(ErrorKind::kUsage, card.string(), ": exists already, and so does README.md; the card is never written over another", Remedy{"remove one of them, or choose another name for the GGUF file"});
+  return card;
+}
+
 fs::path write_export_card(const GgufExportReport& report, const fs::path& folder) {
-  const fs::path beside = report.output.has_parent_path() ? report.output.parent_path() : fs::path(".");
-  fs::path card = beside / "README.md";
-  if (fs::exists(fs::symlink_status(card))) card = fs::path(report.output).replace_extension(".md");
-  if (fs::exists(fs::symlink_status(card))) fail(ErrorKind::kUsage, card.string(), ": exists already and is never overwritten; the GGUF file itself is written and whole", Remedy{"remove the card, or choose another name"});
+  const fs::path card = export_card_path(report.output), beside = card.parent_path();
   write_file(card, model_card(report.card));
   for (const auto& entry : fs::directory_iterator(folder)) {
     const std::string name = entry.path().filename().string();

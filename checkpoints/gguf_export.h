@@ -43,8 +43,10 @@ GgufExportReport export_gguf(const GgufExportConfig& config);
 /// trained on. Error(kUsage) names what llama.cpp cannot add to a base: DoRA, tensors trained whole, rows of tokens.
 GgufExportReport export_gguf_adapter(const std::filesystem::path& base, const std::filesystem::path& adapter, const GgufExportConfig& config);
 
-/// README.md beside the file, or NAME.md for NAME.gguf where there is one already; and the texts LICENSE, NOTICE and the like
-/// of `folder` that are not there yet. Returns the card's path.
+/// Where the card of a GGUF file goes: README.md beside it, or NAME.md for NAME.gguf where there is one already. Error(kUsage): both exist.
+std::filesystem::path export_card_path(const std::filesystem::path& output);
+
+/// Writes it, and the texts LICENSE, NOTICE and the like of `folder` that are not beside it yet. Returns the card's path.
 std::filesystem::path write_export_card(const GgufExportReport& report, const std::filesystem::path& folder);
 
 }  // namespace alambic::checkpoints

@@ -108,29 +108,21 @@ std::string write_gguf(const std::filesystem::path& path, const GgufKeys& keys, 
   if (const std::uint64_t free = free_bytes(path.has_parent_path() ? path.parent_path() : fs::path(".")); free < needed)
     fail(ErrorKind::kResource, path.string(), ": ", needed, " bytes are needed, ", free, " are free", Remedy{"free some space or choose another output folder"});
 
-  struct Made {
-    std::unique_ptr<std::byte[]> bytes;
-    std::uint64_t size = 0;
-  };
-  const auto begin = [&](std::size_t i) {
-    return std::async(std::launch::async, [&, i] {
-      Made made{.bytes = nullptr, .size = bytes_of(tensors[i])};
-      made.bytes.reset(new std::byte[aligned(made.size)]);
-      std::memset(made.bytes.get() + made.size, 0, aligned(made.size) - made.size);
-      make(i, made.bytes.get());
-      made.size = aligned(made.size);
-      return made;
-    });
-  };
+  // The calling thread makes the tensors, so that its pool of threads stays the same one; another one writes and hashes.
   AtomicFile file(path);
   file.write(head);
-  std::future<Made> next;
-  if (!tensors.empty()) next = begin(0);
+  std::unique_ptr<std::byte[]> made, written;
+  std::future<void> writing;
   for (std::size_t i = 0; i < tensors.size(); ++i) {
-    const Made made = next.get();
-    if (i + 1 < tensors.size()) next = begin(i + 1);
-    file.write(made.bytes.get(), made.size);
+    const std::uint64_t size = bytes_of(tensors[i]), padded = aligned(size);
+    made.reset(new std::byte[padded]);
+    std::memset(made.get() + size, 0, padded - size);
+    make(i, made.get());
+    if (writing.valid()) writing.get();
+    written = std::move(made);
+    writing = std::async(std::launch::async, [&file, bytes = written.get(), padded] { file.write(bytes, padded); });
   }
+  if (writing.valid()) writing.get();
   if (file.num_bytes() != needed) fail(ErrorKind::kBug, path.string(), ": ", file.num_bytes(), " bytes were written and not ", needed);
   return file.commit();
 }

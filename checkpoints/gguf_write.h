@@ -27,7 +27,7 @@ struct GgufTensorToWrite {
 std::uint64_t gguf_file_bytes(const GgufKeys& keys, const std::vector<GgufTensorToWrite>& tensors);
 
 /// Writes `path` as a whole or not at all (AtomicFile): make(i, bytes) fills the bytes of tensor i, once for each and in
-/// order, on another thread while the tensor before it is written; two tensors are in memory. Returns the file's SHA-256.
+/// order, on the calling thread while another one writes the tensor before it; two tensors are in memory. Returns the file's SHA-256.
 /// Error(kUsage): the path exists. Error(kResource): not enough room on the disk, found before anything is written.
 /// Error(kBug): keys or tensors given twice, names that are too long, rows that are not whole blocks.
 std::string write_gguf(const std::filesystem::path& path, const GgufKeys& keys, const std::vector<GgufTensorToWrite>& tensors,

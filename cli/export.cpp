@@ -65,6 +65,7 @@ int run_export(const Arguments& arguments, const Terminal& terminal) {
   if (!is_adapter && config.type.empty()) config.type = "q8_0";
   if (std::filesystem::exists(std::filesystem::symlink_status(config.output)))
     fail(ErrorKind::kUsage, printable(config.output.string()), ": exists already and is never overwritten", Remedy{"choose another name, or remove it"});
+  checkpoints::export_card_path(config.output);  // before any work is done
 
   checkpoints::GgufExportReport report;
   Json measured = nullptr, importance_json = nullptr;

@@ -58,7 +58,11 @@ Comparison compare(const models::Decoder& before, const models::Decoder& after, 
     const at::Tensor one_KD = before.hidden_TD(input_of(batch, 0)).index_select(0, kept_K), other_KD = after.hidden_TD(input_of(batch, 0)).index_select(0, kept_K);
     for (std::int64_t at = 0; at < kept_K.numel(); at += kRows) {
       const std::int64_t count = std::min(kRows, kept_K.numel() - at);
-      const at::Tensor p_KV = at::log_softmax(before.logits_TV(one_KD.narrow(0, at, count)), 1), q_KV = at::log_softmax(after.logits_TV(other_KD.narrow(0, at, count)), 1);
+      // f64: of two models that nearly agree, the difference of f32 logarithms would be mostly their rounding.
+      const auto log_probabilities = [&](const models::Decoder& decoder, const at::Tensor& hidden_KD) {
+        return at::log_softmax(decoder.logits_TV(hidden_KD.narrow(0, at, count)).to(at::kDouble), 1);
+      };
+      const at::Tensor p_KV = log_probabilities(before, one_KD), q_KV = log_probabilities(after, other_KD);
       const at::Tensor target_K1 = targets_K.narrow(0, at, count).unsqueeze(1);
       result.before.nats -= p_KV.gather(1, target_K1).sum(at::kDouble).item<double>();
       result.after.nats -= q_KV.gather(1, target_K1).sum(at::kDouble).item<double>();

@@ -135,6 +135,7 @@ TEST(GgufExport, WritesACardAndTheLicenceBesideTheFile) {
   EXPECT_EQ(read_file(folder.scratch / "published" / "LICENSE"), "terms\n");
   folder.request.output = folder.scratch / "published" / "second.gguf";
   EXPECT_EQ(write_export_card(export_gguf(folder.request), folder.request.folder), folder.scratch / "published" / "second.md");
+  EXPECT_TRUE(fails_with(ErrorKind::kUsage, "second.md: exists already, and so does README.md", [&] { export_card_path(folder.request.output); }));
 }
 
 TEST(GgufExport, RefusesWithNothingLeft) {

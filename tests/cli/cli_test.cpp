@@ -634,8 +634,8 @@ TEST_F(CommandLine, ExportChecksWhatItIsAskedFor) {
   EXPECT_TRUE(refuses({"export", there("model")}, 2, "export: GGUF is missing"));
   EXPECT_TRUE(refuses({"export", there("model"), out, "--type", "q4_k"}, 2, "--type must be one of f32, f16, bf16, q8_0"));
   EXPECT_TRUE(refuses({"export", there("empty"), out}, 3, "config.json"));
-  EXPECT_TRUE(refuses({"export", there("no-tokenizer"), out}, 3, "holds no tokenizer.json"));
-  EXPECT_TRUE(refuses({"export", there("model"), out}, 3, "a tokenizer of type \"WordLevel\" is not exported; BPE is"));
+  EXPECT_TRUE(refuses({"export", there("no-tokenizer"), out, "-t", "f32"}, 3, "holds no tokenizer.json"));
+  EXPECT_TRUE(refuses({"export", there("model"), out, "-t", "f32"}, 3, "a tokenizer of type \"WordLevel\" is not exported; BPE is"));
   EXPECT_TRUE(refuses({"export", there("model"), there("notes.md")}, 2, "notes.md: exists already and is never overwritten"));
   EXPECT_TRUE(refuses({"export", there("model"), out, "--evaluate", there("foreign-store")}, 3, "made by another tokenizer"));
   EXPECT_TRUE(refuses({"export", there("model"), out, "--importance", there("words.txt")}, 3, "words.txt"));

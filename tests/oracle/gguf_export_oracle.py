@@ -22,6 +22,7 @@ TEXT = "Distillation lets a small model learn from a large one. The teacher's pr
 
 
 def export(alambic, folder, gguf, kind="f32", *more):
+    gguf.with_suffix(".md").unlink(missing_ok=True)  # the card of an earlier one
     return oracle.run_json(alambic, "export", folder, gguf, "--type", kind, *more)
 
 
@@ -33,8 +34,8 @@ def tensors_of(path):
     return {t.name: (t.tensor_type.name, [int(n) for n in t.shape], t.data.tobytes()) for t in GGUFReader(path).tensors}
 
 
-def assert_same_tensors(actual, expected, what):
-    a, e = tensors_of(actual), tensors_of(expected)
+def assert_same_tensors(actual, expected, what, but=frozenset()):
+    a, e = ({name: tensor for name, tensor in tensors_of(path).items() if name not in but} for path in (actual, expected))
     assert a.keys() == e.keys(), f"{what}: other tensors: {sorted(a.keys() ^ e.keys())[:10]}"
     for name in e:
         assert a[name][:2] == e[name][:2], f"{what}: {name} is {a[name][:2]}, llama.cpp makes {e[name][:2]}"
@@ -62,7 +63,8 @@ def byte_tokenizer(folder, size):
     tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True), AddedToken("<|start|>", special=True)])
+    # The last one is what transformers adds for Qwen where it is missing.
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in ("<|end|>", "<|start|>", "<|endoftext|>")])
     assert tokenizer.get_vocab_size() < size
     tokenizer.save(str(folder / "tokenizer.json"))
     end, start = tokenizer.token_to_id("<|end|>"), tokenizer.token_to_id("<|start|>")
@@ -163,7 +165,8 @@ def check_families(alambic, scratch, cpp):
         if ok:
             converted += 1
             assert_same_metadata(gguf, scratch / f"their-{number}.gguf", what)
-            assert_same_tensors(gguf, scratch / f"their-{number}.gguf", what + " against the converter")
+            # For Gemma the converter drops rows of the embedding that have no token.
+            assert_same_tensors(gguf, scratch / f"their-{number}.gguf", what + " against the converter", but={"token_embd.weight"} if architecture == "gemma3" else set())
         else:
             assert architecture == "phi3" and "tokenizer.model" in said, f"{what}: the converter failed: {said}"
         for kind in ("q4_k_m", "q5_k_s", "q4_k_s", "q5_k_m", "q6_k", "q8_0", "q4_0"):

@@ -32,8 +32,10 @@ def rows(rng, length):
     zeros = np.maximum(gauss[5], 0)
     zeros[1::3] = -0.0
     out.append(zeros)
-    steps = np.round(rng.standard_normal(length) * 3)             # ties
-    out.append(steps / 2)
+    steps = np.round(rng.standard_normal(length) * 3) / 2         # ties of the integers, and of halves and bfloats
+    odd = 2 * np.arange(length - length // 2) + 1
+    steps[length // 2:] = np.where(odd % 4 == 1, 1 + odd * 2.0**-11, (1 + odd % 256 * 2.0**-8) * np.where(odd % 3, 1, 2.0**-24))
+    out.append(steps)
     mixed = rng.standard_normal(length)
     mixed[: length // 2] = 0                                      # a block of zeros beside one that is none
     out.append(mixed)
