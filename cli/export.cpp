@@ -88,8 +88,8 @@ int run_export(const Arguments& arguments, const Terminal& terminal) {
     }
     report = checkpoints::export_gguf(config);
     if (held_out) {
-      const train::Comparison comparison = train::compare(checkpoints::load_decoder(folder, at::kFloat), checkpoints::load_gguf(config.output), *held_out,
-                                                          arguments.whole("row-length"), static_cast<std::uint64_t>(arguments.whole("max-tokens")));
+      models::Decoder original = checkpoints::load_decoder(folder, at::kFloat), quantised = checkpoints::load_gguf(config.output);
+      const train::Comparison comparison = train::compare(original, quantised, *held_out, arguments.whole("row-length"), static_cast<std::uint64_t>(arguments.whole("max-tokens")));
       measured = comparison.json();
       measured["store"] = printable(arguments.text("evaluate"));
       const std::string on = ", " + held_out->folder().filename().string() + " (" + grouped(measured["tokens"]) + " tokens)";

@@ -14,6 +14,7 @@
 
 #include "core/error.h"
 #include "data/batch_stream.h"
+#include "models/fused_blocks.h"
 #include "train/step.h"
 
 namespace alambic::train {
@@ -38,13 +39,14 @@ Json Comparison::json() const {
           {"same_first", number_or_null(same_share())}};
 }
 
-Comparison compare(const models::Decoder& before, const models::Decoder& after, const data::TokenStore& store, std::int64_t row_length, std::uint64_t max_tokens) {
+Comparison compare(models::Decoder& before, models::Decoder& after, const data::TokenStore& store, std::int64_t row_length, std::uint64_t max_tokens) {
   const at::NoGradGuard no_grad;
   if (before.config.vocabulary_size != after.config.vocabulary_size)
     fail(ErrorKind::kData, "the two models have ", before.config.vocabulary_size, " and ", after.config.vocabulary_size, " tokens and cannot be compared");
   if (store.info().vocabulary_size > before.config.vocabulary_size)
     fail(ErrorKind::kData, store.folder().string(), ": its tokenizer has ", store.info().vocabulary_size, " tokens, the model only ", before.config.vocabulary_size,
          Remedy{"prepare the text with the tokenizer of this model"});
+  for (models::Decoder* decoder : {&before, &after}) models::use_fused_blocks(*decoder);  // what it cannot take, ATen operators do
   Comparison result;
   data::EvaluationBatches batches(store, row_length, 1, max_tokens);
   while (const std::optional<data::EvaluationBatch> next = batches.next()) {

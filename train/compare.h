@@ -20,7 +20,7 @@ struct Comparison {
 };
 
 /// Over the documents that data::EvaluationBatches chooses, each token predicted once. The head is applied to a few rows at a
-/// time. Error(kData): ids that do not fit, or models of other vocabularies. Error(kNumerics): a loss that is not finite.
-Comparison compare(const models::Decoder& before, const models::Decoder& after, const data::TokenStore& store, std::int64_t row_length, std::uint64_t max_tokens = 0);
+/// time, and both take the fused blocks from then on. Error(kData): ids that do not fit, or models of other vocabularies. Error(kNumerics): a loss that is not finite.
+Comparison compare(models::Decoder& before, models::Decoder& after, const data::TokenStore& store, std::int64_t row_length, std::uint64_t max_tokens = 0);
 
 }  // namespace alambic::train

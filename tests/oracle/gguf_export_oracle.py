@@ -133,7 +133,7 @@ def check_families(alambic, scratch, cpp):
                 parameter.add_(0.05 * torch.randn_like(parameter))
         model.eval()
         what = f"{architecture} {number}"
-        folder = scratch / f"tiny-{number}-{architecture}"
+        folder = scratch / f"tiny-{number}"  # llama.cpp expects special tokens in what is called phi-3
         model.save_pretrained(folder)
         byte_tokenizer(folder, 320)
         gguf = scratch / f"{number}.gguf"

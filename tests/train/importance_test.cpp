@@ -76,7 +76,7 @@ TEST(Importance, ReadsTextAsWell) {
 
 TEST(Compare, GivesTheLossesOfBothAndTheKl) {
   const Tiny tiny;
-  const models::Decoder one = checkpoints::load_decoder(tiny.scratch / "model", at::kFloat), other = checkpoints::load_decoder(tiny.scratch / "other", at::kFloat);
+  models::Decoder one = checkpoints::load_decoder(tiny.scratch / "model", at::kFloat), other = checkpoints::load_decoder(tiny.scratch / "other", at::kFloat);
   const data::TokenStore store(tiny.scratch / "store");
   const Comparison found = compare(one, other, store, 16);
   const StoreEvaluation before = evaluate(one, store, 16), after = evaluate(other, store, 16);
