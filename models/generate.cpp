@@ -25,12 +25,6 @@ namespace {
 constexpr double kNever = -std::numeric_limits<double>::infinity();
 constexpr std::int64_t kScoreRows = 256;  // logits rows in memory at once
 
-void check_ids(const Decoder& decoder, const std::vector<std::int64_t>& ids) {
-  for (std::size_t i = 0; i < ids.size(); ++i)
-    if (ids[i] < 0 || ids[i] >= decoder.config.vocabulary_size)
-      fail(ErrorKind::kUsage, "token id ", ids[i], " (number ", i, ") is outside the vocabulary of ", decoder.config.vocabulary_size, " tokens");
-}
-
 Input input_of(const std::vector<std::int64_t>& ids, std::size_t first) {
   const auto begin = ids.begin() + static_cast<std::ptrdiff_t>(first);
   const auto count = static_cast<std::int64_t>(ids.size() - first);
@@ -69,6 +63,14 @@ std::int64_t draw(const at::Tensor& logits_V, std::uint64_t seed, std::uint64_t 
   return last_possible;  // the sum ended just below 1
 }
 
+}  // namespace
+
+void check_ids(const Decoder& decoder, const std::vector<std::int64_t>& ids) {
+  for (std::size_t i = 0; i < ids.size(); ++i)
+    if (ids[i] < 0 || ids[i] >= decoder.config.vocabulary_size)
+      fail(ErrorKind::kUsage, "token id ", ids[i], " (number ", i, ") is outside the vocabulary of ", decoder.config.vocabulary_size, " tokens");
+}
+
 void check(const Sampling& sampling) {
   if (!(sampling.temperature >= 0 && std::isfinite(sampling.temperature))) fail(ErrorKind::kUsage, "temperature must be at least 0, got ", sampling.temperature);
   if (sampling.top_k < 0) fail(ErrorKind::kUsage, "top_k must be at least 0, got ", sampling.top_k);
@@ -77,8 +79,6 @@ void check(const Sampling& sampling) {
   if (!(sampling.repetition_penalty > 0 && std::isfinite(sampling.repetition_penalty)))
     fail(ErrorKind::kUsage, "repetition_penalty must be above 0, got ", sampling.repetition_penalty);
 }
-
-}  // namespace
 
 KeyValueCache make_cache(const Decoder& decoder, std::int64_t capacity) {
   KeyValueCache cache;
@@ -119,6 +119,11 @@ at::Tensor filtered_logits_V(const at::Tensor& logits_V, const std::vector<std::
   return left_V;
 }
 
+std::int64_t next_id(const at::Tensor& logits_V, const std::vector<std::int64_t>& seen, const Sampling& sampling, std::uint64_t seed, std::uint64_t n) {
+  const at::Tensor left_V = filtered_logits_V(logits_V, seen, sampling);
+  return sampling.temperature == 0 ? at::argmax(left_V).item<std::int64_t>() : draw(left_V, seed, n);
+}
+
 std::vector<std::int64_t> generate(const Decoder& decoder, const std::vector<std::int64_t>& prompt, const Sampling& sampling,
                                    const std::vector<std::int64_t>& stop_ids, const std::function<bool(std::int64_t)>& on_token) {
   const at::NoGradGuard constant;
@@ -135,9 +140,7 @@ std::vector<std::int64_t> generate(const Decoder& decoder, const std::vector<std
     make_room(cache, input.tokens_T.numel());
     input.cache = &cache;
     const at::Tensor last_1D = decoder.hidden_TD(input).narrow(0, input.tokens_T.numel() - 1, 1);
-    const at::Tensor logits_V = filtered_logits_V(decoder.logits_TV(last_1D).squeeze(0), ids, sampling);
-    const std::int64_t next =
-        sampling.temperature == 0 ? at::argmax(logits_V).item<std::int64_t>() : draw(logits_V, sampling.seed, static_cast<std::uint64_t>(step));
+    const std::int64_t next = next_id(decoder.logits_TV(last_1D).squeeze(0), ids, sampling, sampling.seed, static_cast<std::uint64_t>(step));
     drawn.push_back(next);
     ids.push_back(next);
     if (on_token && !on_token(next)) break;

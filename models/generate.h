@@ -34,6 +34,13 @@ struct Sampling {
 /// temperature, top-k, top-p, min-p. What is filtered out is -infinity. logits_V f32. Error(kUsage) names a setting out of range.
 at::Tensor filtered_logits_V(const at::Tensor& logits_V, const std::vector<std::int64_t>& seen, const Sampling& sampling);
 
+/// Error(kUsage) names what is out of range: a setting, an id outside the vocabulary.
+void check(const Sampling& sampling);
+void check_ids(const Decoder& decoder, const std::vector<std::int64_t>& ids);
+
+/// The n-th token drawn: the likeliest of the filtered logits where the temperature is 0, else by a number that depends on seed and n alone.
+std::int64_t next_id(const at::Tensor& logits_V, const std::vector<std::int64_t>& seen, const Sampling& sampling, std::uint64_t seed, std::uint64_t n);
+
 /// Ids after the prompt, up to and including the first of stop_ids. on_token sees each id as it is drawn and ends the
 /// generation by returning false (stop strings live there). Filters apply in transformers' order. The n-th draw depends on
 /// the seed, n and the filtered distribution alone. Error(kUsage): an empty prompt, an id outside the vocabulary.
