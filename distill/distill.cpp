@@ -5,9 +5,11 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/nonzero.h>
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <numeric>
+#include <optional>
 
 #include "core/config.h"
 #include "core/error.h"
@@ -23,6 +25,7 @@ struct Classroom {
   std::vector<Teacher> teachers;
   models::Decoder outside;  // of the student's linear layers, as loaded
   Nats nats;                // of the step that is being made
+  std::int64_t own_tokens = 0;  // of the student's own text in that step
 };
 
 // A teacher's weight on each kept row, such that those of all teachers come to 1 where there is one.
@@ -67,17 +70,34 @@ train::Recipe recipe_of(const DistillConfig& config) {
                 .shared_vocabulary = student.config.vocabulary_size};
         if (mix.divergence == 0) room->teachers.clear();  // nobody listens to them
         for (Teacher& teacher : room->teachers) teacher.load(student, room->outside), mix.shared_vocabulary = std::min(mix.shared_vocabulary, teacher.shared_vocabulary());
-        return [=, &student](const data::Batch& batch, std::uint64_t dropout_seed) {
+        const Mix own_mix = on_policy_mix(mix);
+        const auto is_taught = [=](const data::Origin& origin) {
+          return std::any_of(room->teachers.begin(), room->teachers.end(), [&](const Teacher& teacher) { return teacher.weight_of(origin) > 0; });
+        };
+        return [=, &student](const data::Batch& corpus, std::uint64_t dropout_seed) {
+          const train::DataConfig& sizes = config.train.data;
+          std::optional<data::Batch> own;
+          if (is_on_policy(config.distill.on_policy, dropout_seed))
+            own = on_policy_batch(config.distill.on_policy, student, corpus, dropout_seed, sizes.row_length, sizes.row_length * sizes.rows_per_batch, is_taught);
+          const data::Batch& batch = own ? *own : corpus;
           // The teachers first: one that is the student's base uses the student's memory.
           const std::vector<TeacherRows> signal = listen(room->teachers, batch);
           const at::Tensor hidden_TD = student.hidden_TD(train::input_of(batch, dropout_seed, config.train.neftune_alpha));
-          return imitation_sum(hidden_TD, student.head, batch.targets_T, batch.keep_T, dropout_seed, mix, signal, room->nats);
+          if (!own) return imitation_sum(hidden_TD, student.head, batch.targets_T, batch.keep_T, dropout_seed, mix, signal, room->nats);
+          Nats nats;
+          const at::Tensor loss = imitation_sum(hidden_TD, student.head, batch.targets_T, batch.keep_T, dropout_seed, own_mix, signal, nats);
+          // The step divides by the corpus' kept tokens: the student's text weighs as much as the text that it stands for.
+          const double share = static_cast<double>(corpus.num_kept) / static_cast<double>(batch.num_kept);
+          room->nats.divergence += share * nats.divergence, room->own_tokens += batch.num_kept;
+          return loss * share;
         };
       },
       .figures = [=](std::int64_t kept_tokens) {
         const auto figure = [&](double nats) { return std::isfinite(nats) ? Json(nats / static_cast<double>(kept_tokens)) : Json(nullptr); };
         const Nats nats = std::exchange(room->nats, {});
-        return Json{{"cross_entropy", figure(nats.cross_entropy)}, {"divergence", figure(nats.divergence)}};
+        Json figures = {{"cross_entropy", figure(nats.cross_entropy)}, {"divergence", figure(nats.divergence)}};
+        if (config.distill.on_policy.lambda > 0) figures["own_tokens"] = std::exchange(room->own_tokens, 0);
+        return figures;
       },
       .memory = [=] {
         return std::accumulate(room->teachers.begin(), room->teachers.end(), std::uint64_t{0}, [](std::uint64_t sum, const Teacher& teacher) { return sum + teacher.num_bytes(); });
@@ -91,6 +111,7 @@ void SignalConfig::visit(FieldVisitor& fields) {
   fields.list("teachers", teachers, {.help = "models whose distributions the student learns", .required = true});
   fields.field("alpha", alpha, {.help = "the loss is (1 - alpha) cross-entropy + alpha divergence", .low = 0, .high = 1});
   divergence.visit(fields);
+  fields.group("on_policy", "text that the student writes and the teachers judge (docs/on_policy.md)", on_policy);
 }
 
 void DistillConfig::visit(FieldVisitor& fields) {
@@ -100,6 +121,8 @@ void DistillConfig::visit(FieldVisitor& fields) {
 
 void check(const DistillConfig& config) {
   if (config.distill.teachers.empty()) fail(ErrorKind::kUsage, "distill.teachers: no teacher to learn from");
+  if (config.distill.on_policy.lambda > 0 && config.distill.alpha == 0)
+    fail(ErrorKind::kUsage, "distill.on_policy.lambda is ", config.distill.on_policy.lambda, ", but distill.alpha is 0: nobody would judge what the student writes", Remedy{"set distill.alpha above 0"});
   train::check(config.train);
 }
 
@@ -110,7 +133,11 @@ train::TrainReport distill(const DistillConfig& config, bool resume, const std::
 
 Json plan(const DistillConfig& config, bool probe) {
   check(config);
-  return train::plan(config.train, probe, recipe_of(config));
+  Json result = train::plan(config.train, probe, recipe_of(config));
+  if (const OnPolicyConfig& own = config.distill.on_policy; own.lambda > 0 && own.lambda < 1 && !result["time"].is_null())
+    result["warnings"].push_back(std::string("time: measured on a micro-batch ") + (is_on_policy(own, train::kProbeSeed) ? "that the student writes" : "of the corpus") +
+                                 "; distill.on_policy.lambda of them are written by the student, which takes another time");
+  return result;
 }
 
 }  // namespace alambic::distill

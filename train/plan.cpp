@@ -48,7 +48,7 @@ double probe_seconds(const LossSum& loss_sum, const data::Batch& batch, Optimize
   double seconds = 0;
   for (int round = 0; round < 2; ++round) {
     const auto began = std::chrono::steady_clock::now();
-    loss_sum(batch, 1).backward();
+    loss_sum(batch, kProbeSeed).backward();
     seconds = seconds_since(began);
     optimizer.forget_gradients();
   }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 // Everything `train` would check, and what the run would cost, without training.
+#include <cstdint>
+
 #include "core/json.h"
 #include "data/batch.h"
 #include "train/optimizer.h"
@@ -9,6 +11,8 @@
 #include "train/train_config.h"
 
 namespace alambic::train {
+
+inline constexpr std::uint64_t kProbeSeed = 1;  // the dropout_seed that the probe gives to the loss
 
 /// Opens the model and every store, as train would. Throws what train would throw at its start (all of its start-up
 /// checks are made by this function). Result:
