@@ -5,6 +5,7 @@
 
 #include "cli/figures.h"
 #include "cli/verbs.h"
+#include "core/error.h"
 #include "distill/write_cache.h"
 #include "train/stop_signals.h"
 
@@ -30,12 +31,20 @@ int write_teacher_cache(const Arguments& arguments, const std::vector<std::strin
 int run_distill(const Arguments& arguments, const Terminal& terminal) {
   std::vector<std::string> overrides = arguments.texts("set");
   if (arguments.has("threads")) overrides.push_back("threads=" + arguments.text("threads"));
+  if (arguments.has("cache") && arguments.has("generate")) fail(ErrorKind::kUsage, "distill: --cache and --generate are two things to do", Remedy{"give one of them"});
   if (arguments.has("cache")) {
     if (arguments.has("resume")) fail(ErrorKind::kUsage, "--resume: --cache goes on by itself where it was stopped", Remedy{"leave --resume out"});
     return write_teacher_cache(arguments, overrides, terminal);
   }
   const auto config = read_config<distill::DistillConfig>(arguments.positional(0), overrides);
   const train::StopSignals signals;
+  if (arguments.has("generate")) {
+    if (arguments.has("resume")) fail(ErrorKind::kUsage, "distill: --resume does not go with --generate: a corpus that was not finished is begun anew");
+    const Json made = distill::write_teacher_text(config, train::StopSignals::stop_requested);
+    if (arguments.has("json")) print_json(terminal, made);
+    else terminal.out << printable(config.generate.output.string()) << ": " << made["counts"]["kept"] << " answers of " << made["counts"]["samples"] << " to " << made["counts"]["prompts"] << " prompts\n";
+    return 0;
+  }
   return print_run_report(distill::distill(config, arguments.has("resume"), train::StopSignals::stop_requested), arguments, terminal);
 }
 
@@ -53,13 +62,15 @@ Verb distill_verb() {
                          "With --cache a teacher reads token stores and its signal is written beside them (docs/teacher_cache.md); students then learn from that, without the teacher.",
           .positionals = {{.name = "CONFIG", .help = "a YAML file; its keys are below: those of train, and the section distill"}},
           .options = {{.name = "cache", .help = "write a teacher cache instead; CONFIG then has other keys. Goes on where an earlier process was stopped"},
+                      {.name = "generate", .help = "train nothing: write a corpus of the only teacher's answers, as CONFIG's section generate says, for prepare"},
                       {.name = "resume", .help = "go on from the newest valid checkpoint; where there is none, begin. A finished run is left alone", .letter = 'r'},
                       set_option(),
                       json_option(),
                       threads_option()},
           .examples = {{"alambic distill run.yaml", "a new run"},
                        {"alambic distill run.yaml --set distill.objective=reverse_kl --set output=runs/reverse", "the same with another distance"},
-                       {"alambic distill --cache teacher.yaml --set shard=0/4", "a quarter of a teacher's signal, to be written by four processes"}},
+                       {"alambic distill --cache teacher.yaml --set shard=0/4", "a quarter of a teacher's signal, to be written by four processes"},
+                       {"alambic distill run.yaml --generate --set generate.output=answers.jsonl", "the teacher's answers to the prompts of data.mixture"}},
           .run = run_distill,
           .config_help = help_of_configs};
 }

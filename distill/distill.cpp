@@ -117,6 +117,7 @@ void SignalConfig::visit(FieldVisitor& fields) {
 void DistillConfig::visit(FieldVisitor& fields) {
   train.visit(fields);
   fields.group("distill", "what the student learns from besides the text", distill);
+  fields.group("generate", "distill --generate: a corpus of the teacher's answers (docs/on_policy.md)", generate);
 }
 
 void check(const DistillConfig& config) {

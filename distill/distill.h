@@ -11,6 +11,7 @@
 #include "distill/divergence.h"
 #include "distill/on_policy.h"
 #include "distill/teacher.h"
+#include "distill/teacher_text.h"
 #include "train/finetune.h"
 #include "train/train_config.h"
 
@@ -27,6 +28,7 @@ struct SignalConfig {
 struct DistillConfig {
   train::TrainConfig train;  // the student
   SignalConfig distill;
+  TeacherTextConfig generate = {};  // of write_teacher_text() alone
   void visit(FieldVisitor& fields);
 };
 
