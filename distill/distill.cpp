@@ -124,6 +124,10 @@ void check(const DistillConfig& config) {
   if (config.distill.teachers.empty()) fail(ErrorKind::kUsage, "distill.teachers: no teacher to learn from");
   if (config.distill.on_policy.lambda > 0 && config.distill.alpha == 0)
     fail(ErrorKind::kUsage, "distill.on_policy.lambda is ", config.distill.on_policy.lambda, ", but distill.alpha is 0: nobody would judge what the student writes", Remedy{"set distill.alpha above 0"});
+  for (const TeacherConfig& teacher : config.distill.teachers)
+    if (config.distill.on_policy.lambda > 0 && !teacher.cache.empty())
+      fail(ErrorKind::kUsage, "distill.on_policy.lambda is ", config.distill.on_policy.lambda, ", but ", teacher.cache.string(), " knows nothing of what the student will write",
+           Remedy{"use the teacher's model, or set distill.on_policy.lambda to 0"});
   train::check(config.train);
 }
 

@@ -191,6 +191,7 @@ Json write_teacher_text(const DistillConfig& config, const std::function<bool()>
   train::use_threads(config.train);
   const TeacherTextConfig& text = config.generate;
   const TeacherConfig& teacher = config.distill.teachers[0];
+  if (teacher.model.empty()) fail(ErrorKind::kUsage, "distill --generate: ", teacher.cache.string(), " is a cache, which writes no text", Remedy{"give the teacher's model"});
   const data::Tokenizer tokenizer = data::Tokenizer::from_file(teacher.model);
   Json dropped = {{"prompt_is_no_text", 0}, {"prompt_too_long", 0}, {"not_ended", 0}, {"too_short", 0}, {"empty", 0}, {"repetitive", 0}, {"duplicate", 0}, {"less_likely", 0}};
   const auto drop = [&](const char* why) { dropped[why] = dropped[why].get<std::int64_t>() + 1; };

@@ -296,6 +296,7 @@ TEST(Distill, ACachedTeacherTeachesAsTheLiveOneDoes) {
   refused(ErrorKind::kUsage, "temperature", [](DistillConfig& wrong) { wrong.distill.divergence.temperature = 1; });
   refused(ErrorKind::kUsage, "row_length", [](DistillConfig& wrong) { wrong.train.data.row_length /= 2; });
   refused(ErrorKind::kData, "teacher", [](DistillConfig& wrong) { wrong.distill.teachers[0].model = wrong.train.model; });
+  refused(ErrorKind::kUsage, "knows nothing of what the student will write", [](DistillConfig& wrong) { wrong.distill.on_policy.lambda = 0.5; });
   refused(ErrorKind::kUsage, "neither a model nor a cache", [](DistillConfig& wrong) { wrong.distill.teachers[0].cache.clear(); });
 }
 
