@@ -267,6 +267,7 @@ Json write_teacher_text(const DistillConfig& config, const std::function<bool()>
                      {"prompts", prompts.provenance()},
                      {"settings", resolved_config(text)},
                      {"seed", config.train.seed},
+                     {"compute_type", toString(train::compute_type_of(config.train))},
                      {"counts", {{"prompts", num_prompts}, {"samples", num_samples}, {"tokens", num_tokens}, {"kept", num_kept}, {"dropped", dropped}}}};
   if (!teacher.adapter.empty()) provenance["teacher"]["adapter"] = teacher.adapter.string(), provenance["teacher"]["adapter_sha256"] = sha256_of_file(teacher.adapter / "adapter_model.safetensors");
   if (num_kept == 0) fail(ErrorKind::kData, "no answer of ", num_samples, " was kept: ", to_line(dropped), Remedy{"raise generate.max_new_tokens, or loosen the filters"});

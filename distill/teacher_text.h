@@ -32,8 +32,8 @@ struct TeacherTextConfig {
 /// Share of the runs of four ids that occurred before in the ids; 0 where there is none.
 double repetition(const std::vector<std::int64_t>& ids);
 
-/// Makes the corpus with the config's only teacher; returns what <output>.provenance.json holds. The same config gives the same bytes,
-/// whatever `batch` is, but for the rounding of logits. Error(kUsage): no or several teachers, no output, an output that exists;
+/// Makes the corpus with the config's only teacher; returns what <output>.provenance.json holds. The same config gives the same bytes;
+/// another `batch` rounds the logits otherwise, which in bf16 soon draws another token. Error(kUsage): no or several teachers, no output, an output that exists;
 /// Error(kData) for prompts that cannot be read; Error(kStopped) when asked to stop, which leaves nothing.
 Json write_teacher_text(const DistillConfig& config, const std::function<bool()>& stop_requested);
 

@@ -323,6 +323,18 @@ TEST(OnPolicy, TheStudentComesNearerToItsTeacher) {
   EXPECT_LT(mean(70), 0.8 * mean(0));
 }
 
+TEST(OnPolicy, ThePlanTellsWhichKindOfMicroBatchItMeasured) {
+  const ScratchFolder folder;
+  for (const double lambda : {0.0, 0.001, 0.999}) {
+    DistillConfig config = tiny_config(folder.path(), "run", other_model());
+    config.distill.on_policy.lambda = lambda;
+    const std::string warnings = to_line(plan(config, true)["warnings"]);
+    EXPECT_EQ(warnings.find("on_policy.lambda") != std::string::npos, lambda > 0) << warnings;
+    EXPECT_EQ(warnings.find("of the corpus;") != std::string::npos, lambda == 0.001) << warnings;
+    EXPECT_EQ(warnings.find("that the student writes;") != std::string::npos, lambda == 0.999) << warnings;
+  }
+}
+
 TEST(OnPolicy, ContradictionsAreRefused) {
   const ScratchFolder folder;
   DistillConfig config = tiny_config(folder.path(), "run", other_model());

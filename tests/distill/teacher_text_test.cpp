@@ -93,6 +93,7 @@ TEST_F(TeacherText, KeepsTheLikeliestOfTheWholeAnswers) {
   EXPECT_EQ(provenance["teacher"]["sha256"], checkpoints::base_hash(folder_ / "teacher"));
   EXPECT_EQ(provenance["settings"]["temperature"], 4);
   EXPECT_EQ(provenance["seed"], 3);
+  EXPECT_EQ(provenance["compute_type"], "Float");
   EXPECT_EQ(provenance["sha256"], sha256_of_file(made.generate.output));
   EXPECT_EQ(read_json_file(folder_ / "answers.jsonl.provenance.json"), provenance);
 
