@@ -128,6 +128,10 @@ void check(const DistillConfig& config) {
     if (config.distill.on_policy.lambda > 0 && !teacher.cache.empty())
       fail(ErrorKind::kUsage, "distill.on_policy.lambda is ", config.distill.on_policy.lambda, ", but ", teacher.cache.string(), " knows nothing of what the student will write",
            Remedy{"use the teacher's model, or set distill.on_policy.lambda to 0"});
+  const std::string& objective = config.distill.divergence.objective;
+  for (const TeacherConfig& teacher : config.distill.teachers)
+    if (teacher.across.across_tokenizers == "gold" && objective != "forward_kl" && objective != "reverse_kl" && objective != "jensen_shannon")
+      fail(ErrorKind::kUsage, "distill.objective: across_tokenizers: gold knows no ", objective, " of masses that do not sum to 1", Remedy{"use jensen_shannon, forward_kl or reverse_kl"});
   train::check(config.train);
 }
 

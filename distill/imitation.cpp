@@ -41,6 +41,18 @@ const float* row_of(const at::Tensor& logits_KV, std::int64_t k, float* room) {
   return room;
 }
 
+// divergence_row over the pairs of ids that mean the same: masses of other ids go to these in proportion, on both sides.
+double mapped_row(const DivergenceConfig& config, const VocabularyMap& map, const float* teacher, const float* student, double weight, float* gradient, float* scratch) {
+  static thread_local std::vector<float> buffer;
+  const std::size_t M = map.student_ids.size();
+  if (buffer.size() < 3 * M) buffer.resize(3 * M);
+  float *const teacher_M = buffer.data(), *const student_M = teacher_M + M, *const gradient_M = student_M + M;
+  for (std::size_t i = 0; i < M; ++i) teacher_M[i] = teacher[map.teacher_ids[i]], student_M[i] = student[map.student_ids[i]], gradient_M[i] = 0;
+  const double value = divergence_row(config, teacher_M, student_M, static_cast<std::int64_t>(M), weight, gradient != nullptr ? gradient_M : nullptr, scratch);
+  for (std::size_t i = 0; gradient != nullptr && i < M; ++i) gradient[map.student_ids[i]] += gradient_M[i];
+  return value;
+}
+
 // The work of one thread: rows one after the other, in buffers that the thread keeps.
 class Rows {
  public:
@@ -68,7 +80,9 @@ class Rows {
       const double weight = chunk.weights == nullptr ? 1 : static_cast<double>(chunk.weights[k]), factor = weight * mix_.divergence;
       if (factor == 0) continue;
       double value = 0;
-      if (chunk.logits_KV.defined())
+      if (chunk.teacher->map)
+        value = mapped_row(mix_.imitation, *chunk.teacher->map, row_of(chunk.logits_KV, k, of_teacher), student, factor, into, scratch);
+      else if (chunk.logits_KV.defined())
         value = divergence_row(mix_.imitation, row_of(chunk.logits_KV, k, of_teacher), student, mix_.shared_vocabulary, factor, into, scratch);
       else
         value = (chunk.teacher->sampled ? sampled_row : top_k_row)(mix_.imitation.temperature, sparse_row(*chunk.teacher->signal, chunk.first + k), student, mix_.shared_vocabulary, factor, into, scratch);
@@ -94,11 +108,12 @@ class Rows {
   std::int64_t vocabulary_;
 };
 
-void check(const TeacherRows& teacher, std::int64_t num_kept, std::int64_t shared) {
+void check(const TeacherRows& teacher, std::int64_t num_kept, std::int64_t shared, std::int64_t vocabulary) {
   const auto wrong = [&](const char* what) { fail(ErrorKind::kBug, "imitation: ", what, " of a teacher does not fit ", num_kept, " kept rows and ", shared, " shared tokens"); };
   if (teacher.weights_K.defined() && (teacher.weights_K.sizes() != at::IntArrayRef{num_kept} || teacher.weights_K.scalar_type() != at::kFloat || !teacher.weights_K.is_contiguous())) wrong("weights");
-  if ((teacher.head != nullptr) == (teacher.signal != nullptr)) wrong("head or signal");
-  if (teacher.head != nullptr && (teacher.hidden_KD.size(0) != num_kept || teacher.head->outputs() < shared)) wrong("hidden states or head");
+  if ((teacher.head != nullptr) + (teacher.signal != nullptr) + (teacher.unlike != nullptr) != 1) wrong("head or signal");
+  if (teacher.head != nullptr && (teacher.hidden_KD.size(0) != num_kept || (!teacher.map && teacher.head->outputs() < shared))) wrong("hidden states or head");
+  if (teacher.map && (teacher.head == nullptr || teacher.map->student_ids.empty() || teacher.map->student_size > vocabulary || teacher.map->teacher_size > teacher.head->outputs())) wrong("map of tokens");
   if (teacher.signal == nullptr) return;
   const SparseSignal& signal = *teacher.signal;
   if (signal.ids_KN.scalar_type() != at::kInt || signal.ids_KN.dim() != 2 || signal.ids_KN.size(0) != num_kept || signal.probabilities_KN.sizes() != signal.ids_KN.sizes() ||
@@ -121,12 +136,23 @@ at::Tensor imitation_sum(const at::Tensor& hidden_TD, const models::Linear& head
   if (mix.shared_vocabulary < 1 || mix.shared_vocabulary > vocabulary) fail(ErrorKind::kBug, "imitation: ", mix.shared_vocabulary, " shared tokens of ", vocabulary);
   if (num_kept > 0 && (targets_K.min().item<std::int64_t>() < 0 || targets_K.max().item<std::int64_t>() >= vocabulary))
     fail(ErrorKind::kData, "a token to predict has id ", targets_K.max().item<std::int64_t>(), ", outside the model's ", vocabulary, " tokens", Remedy{"prepare the data with the tokenizer of this model"});
-  for (const TeacherRows& teacher : teachers) check(teacher, num_kept, mix.shared_vocabulary);
+  for (const TeacherRows& teacher : teachers) check(teacher, num_kept, mix.shared_vocabulary, vocabulary);
+  std::vector<UnlikeLoss> unlike;
+  for (const TeacherRows& teacher : teachers)
+    if (teacher.unlike && !teacher.unlike->spans.empty()) unlike.emplace_back(*teacher.unlike, mix.imitation, hidden_TD, head, index_K, targets_K, mix.divergence);
 
   return train::head_loss_sum(hidden_TD, head, index_K, dropout_seed, [&](at::Tensor& logits_KV, std::int64_t first, bool differentiable) {
     const std::int64_t count = logits_KV.size(0);
+    at::Tensor by_spans_KV;  // gradient of the losses that look at several rows, which are made before any row becomes its gradient
+    double by_spans = 0;
+    if (!unlike.empty()) {
+      const at::Tensor student_KV = logits_KV.to(at::kFloat).contiguous();
+      if (differentiable) by_spans_KV = at::zeros(student_KV.sizes(), student_KV.options());
+      for (UnlikeLoss& loss : unlike) by_spans += loss.add(student_KV, first, by_spans_KV);
+    }
     std::vector<Chunk> chunks;
     for (const TeacherRows& teacher : teachers) {
+      if (teacher.unlike) continue;
       const float* const weights = teacher.weights_K.defined() ? teacher.weights_K.const_data_ptr<float>() + first : nullptr;
       if (weights != nullptr && std::all_of(weights, weights + count, [](float weight) { return weight == 0; })) continue;
       chunks.push_back({.logits_KV = teacher.head != nullptr ? logits_of(teacher, first, count) : at::Tensor(), .teacher = &teacher, .first = first, .weights = weights});
@@ -136,7 +162,8 @@ at::Tensor imitation_sum(const at::Tensor& hidden_TD, const models::Linear& head
     at::parallel_for(0, count, 4, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t k = begin; k < end; ++k) rows.row(k, each[static_cast<std::size_t>(k)]);
     });
-    Nats sum;
+    if (by_spans_KV.defined()) logits_KV.add_(by_spans_KV);
+    Nats sum{.divergence = by_spans / mix.divergence};
     for (const Nats& row : each) sum.cross_entropy += row.cross_entropy, sum.divergence += row.divergence;
     nats.cross_entropy += sum.cross_entropy, nats.divergence += sum.divergence;
     // 0 times what is not finite is not finite: a part of no weight must not spoil the other.

@@ -6,22 +6,28 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <memory>
 #include <span>
 
 #include "distill/divergence.h"
 #include "distill/signal.h"
+#include "distill/unlike_tokens.h"
+#include "distill/vocabulary.h"
 #include "models/linear.h"
 #include "train/cross_entropy.h"
 
 namespace alambic::distill {
 
-/// What one teacher says of the kept rows of a batch: its hidden states and head (live), or a sparse signal (cached).
+/// What one teacher says of the kept rows of a batch: its hidden states and head (live), a sparse signal (cached), or spans of text
+/// (live, with other tokens; their weights stand in the signal).
 struct TeacherRows {
   const models::Linear* head = nullptr;  // live
   at::Tensor hidden_KD = {};             // of the kept rows, in their order; the head's compute type
   const SparseSignal* signal = nullptr;  // cached
   bool sampled = false;                  // the signal holds counts / draws (sampled_row), else the likeliest tokens (top_k_row)
   at::Tensor weights_K = {};             // f32, of the divergence of each row; undefined: 1 each. Rows of weight 0 are passed over
+  std::shared_ptr<const VocabularyMap> map = {};    // live: the divergence is of the pairs of ids; null: of the shared vocabulary
+  std::shared_ptr<const UnlikeSignal> unlike = {};  // spans
 };
 
 /// What the loss is made of: cross_entropy * ce + divergence * weights_K * D, summed over the kept rows.

@@ -67,6 +67,7 @@ void TeacherConfig::visit(FieldVisitor& fields) {
   fields.field("weight", weight, {.help = "of this teacher, relative to the others of the same text", .low = 1e-6, .high = 1e6});
   fields.field("sources", sources, {.help = "names of sources (alambic inspect STORE) that it teaches; empty: all"});
   fields.field("languages", languages, {.help = "languages of sources that it teaches; empty: all"});
+  across.visit(fields);
   fields.field("quantize", quantize, {.help = "keep its linear layers narrow; auto: as quantize_base where it is the student's own base, else none", .choices = {"auto", "none", "nf4", "int8"}});
 }
 
@@ -86,7 +87,7 @@ std::int64_t shared_vocabulary(const std::filesystem::path& student, const model
     const std::optional<std::string> one = ours.token_of(static_cast<std::uint32_t>(id)), other = theirs.token_of(static_cast<std::uint32_t>(id));
     if (one != other)
       fail(ErrorKind::kData, "teacher and student have other tokens: id ", id, " is ", one ? to_line(Json(*one)) : "no token", " of the student ", student.string(), " and ",
-           other ? to_line(Json(*other)) : "no token", " of the teacher ", teacher.string(), Remedy{"use a teacher of the student's tokenizer"});
+           other ? to_line(Json(*other)) : "no token", " of the teacher ", teacher.string(), Remedy{"use a teacher of the student's tokenizer, or set across_tokenizers: exact, uld or gold at this teacher"});
   }
   warnings.push_back(teacher.string() + ": its tokenizer splits text in another way than the student's; their first " + std::to_string(shared) + " tokens are the same");
   return shared;
@@ -127,7 +128,7 @@ std::optional<models::Decoder> base_of(const models::Decoder& student, const mod
   return base;
 }
 
-Teacher::Teacher(const TeacherConfig& config, const DivergenceConfig& divergence, const train::TrainConfig& student, train::Inputs& inputs) : config_(config), student_(student) {
+Teacher::Teacher(const TeacherConfig& config, const DivergenceConfig& divergence, const train::TrainConfig& student, train::Inputs& inputs) : config_(config), student_(student), temperature_(divergence.temperature) {
   if (config.model.empty() && config.cache.empty()) fail(ErrorKind::kUsage, "distill.teachers: a teacher has neither a model nor a cache");
   if (!config.cache.empty()) open_cache(divergence, inputs);
   else open_model(inputs);
@@ -136,6 +137,7 @@ Teacher::Teacher(const TeacherConfig& config, const DivergenceConfig& divergence
 
 void Teacher::open_cache(const DivergenceConfig& divergence, train::Inputs& inputs) {
   if (!config_.adapter.empty()) fail(ErrorKind::kUsage, "distill.teachers: ", config_.cache.string(), ": a cache has no adapter", Remedy{"cache the merged model"});
+  if (config_.across.across_tokenizers != "none") fail(ErrorKind::kUsage, "distill.teachers: ", config_.cache.string(), ": a cache is read token by token, so across_tokenizers does not go with it");
   if (objective_named(divergence.objective) != Objective::kForwardKl)
     fail(ErrorKind::kUsage, "distill.objective: ", divergence.objective, " needs the teacher's whole distribution, which ", config_.cache.string(), " has not", Remedy{"use forward_kl, or the teacher's model"});
   cache_.emplace(config_.cache);
@@ -156,12 +158,14 @@ void Teacher::open_model(train::Inputs& inputs) {
   const models::ModelConfig sizes = models::read_model_config(config.model);
   sha256_ = checkpoints::base_hash(config.model);
   same_base_ = sha256_ == inputs.base_hash;
-  shared_vocabulary_ = distill::shared_vocabulary(student_.model, inputs.model, config.model, sizes, inputs.warnings);
+  if (config.across.across_tokenizers == "none") shared_vocabulary_ = distill::shared_vocabulary(student_.model, inputs.model, config.model, sizes, inputs.warnings);
+  else interpreter_.emplace(config.across, student_.model, inputs.model, config.model, sizes, inputs.warnings), shared_vocabulary_ = inputs.model.vocabulary_size;
   for (const data::TokenStore& store : inputs.learnt)
-    if (store.info().vocabulary_size > sizes.vocabulary_size)
+    if (!interpreter_ && store.info().vocabulary_size > sizes.vocabulary_size)
       fail(ErrorKind::kData, config.model.string(), ": the teacher has ", sizes.vocabulary_size, " tokens, ", store.folder().string(), " has ", store.info().vocabulary_size,
            Remedy{"use a teacher that knows every token of the text"});
   Json more = {{"family", sizes.family->model_type}, {"parameters", sizes.num_parameters()}, {"weight", config.weight}};
+  if (interpreter_) more["across_tokenizers"] = config.across.across_tokenizers;
   if (!config.adapter.empty()) {
     checkpoints::read_adapter_config(config.adapter);  // what is wrong with it is said before anything is loaded
     more["adapter"] = config.adapter.string();
@@ -209,6 +213,7 @@ TeacherRows Teacher::rows(const data::Batch& batch, const at::Tensor& index_K, c
     return {.signal = &signal_, .sampled = cache_->header().form.kind != SignalKind::kTopK, .weights_K = weights_K};
   }
   if (!is_ready_) make_ready();
+  if (interpreter_) return interpreter_->listen(decoder_, batch, index_K, weights_K, temperature_);
   const at::NoGradGuard constant;
   return {.head = &decoder_.head, .hidden_KD = decoder_.hidden_TD(train::input_of(batch, 0)).index_select(0, index_K), .weights_K = weights_K};
 }

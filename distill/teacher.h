@@ -14,6 +14,7 @@
 #include "data/batch.h"
 #include "distill/divergence.h"
 #include "distill/imitation.h"
+#include "distill/interpreter.h"
 #include "distill/teacher_cache.h"
 #include "models/decoder.h"
 #include "train/inputs.h"
@@ -28,6 +29,7 @@ struct TeacherConfig {
   double weight = 1;              // relative to the other teachers of the same text
   std::vector<std::string> sources = {}, languages = {};  // of the stores learnt from; both empty: it teaches all text
   std::string quantize = "auto";  // auto, none, nf4, int8
+  AcrossConfig across = {};       // for a teacher of other tokens
   void visit(FieldVisitor& fields);
 };
 
@@ -75,6 +77,8 @@ class Teacher {
   std::int64_t shared_vocabulary_ = 0;
   std::uint64_t num_bytes_ = 0;
   std::string sha256_;
+  std::optional<Interpreter> interpreter_;  // of a teacher of other tokens
+  double temperature_ = 1;
   bool same_base_ = false, shares_ = false, is_ready_ = false;
 
   void open_cache(const DivergenceConfig& divergence, train::Inputs& inputs);
