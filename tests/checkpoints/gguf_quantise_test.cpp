@@ -11,9 +11,6 @@
 #include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
 
-#include <chrono>
-#include <cstdlib>
-#include <iostream>
 #include <limits>
 
 #include "tests/golden.h"
@@ -133,24 +130,6 @@ TEST(GgufQuantise, RefusesWhatNoBlockCanHold) {
   importance.mutable_data_ptr<float>()[9] = std::numeric_limits<float>::infinity();
   EXPECT_TRUE(fails_with(ErrorKind::kData, "importance of column 9 is not finite", [&] { quantised(type_named("Q4_K"), at::ones({1, 256}), importance); }));
   EXPECT_TRUE(fails_with(ErrorKind::kData, "has 32 columns for it, the tensor has 256", [&] { quantised(type_named("Q4_K"), at::ones({1, 256}), at::ones({32})); }));
-}
-
-// Not a check: how fast it is, with ALAMBIC_MEASURE set.
-TEST(GgufQuantise, Speed) {
-  if (std::getenv("ALAMBIC_MEASURE") == nullptr) GTEST_SKIP() << "set ALAMBIC_MEASURE";
-  const at::Tensor values = at::randn({8192, 1024}), importance = at::ones({1024});
-  for (const GgufType& type : gguf_types())
-    for (const bool weighted : {false, true}) {
-      if (!can_quantise(type) || (weighted && type.block_size == 1)) continue;
-      std::vector<std::byte> bytes(static_cast<std::size_t>(gguf_bytes(type, values.numel())));
-      double best = 1e9;
-      for (int i = 0; i < 3; ++i) {
-        const auto begin = std::chrono::steady_clock::now();
-        quantise(type, values, weighted ? importance : at::Tensor(), "here", bytes.data());
-        best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
-      }
-      std::cout << type.name << (weighted ? " weighted" : "") << ": " << static_cast<double>(values.numel()) / best / 1e6 << " million values/s\n";
-    }
 }
 
 }  // namespace
