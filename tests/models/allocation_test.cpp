@@ -37,14 +37,16 @@ TEST(TensorHeaps, FreeNeighboursBecomeOnePlace) {
 
 TEST(TensorHeaps, TheBestFittingPlaceIsTaken) {
   use_tensor_heaps();
-  at::Tensor large = bytes(8 * kMega);
+  // Larger than any place that other tests have left, so that the larger one lies first.
+  at::Tensor large = bytes(64 * kMega);
   const at::Tensor between = bytes(kMega);
-  at::Tensor small = bytes(2 * kMega);
+  at::Tensor small = bytes(32 * kMega);
+  ASSERT_LT(large.const_data_ptr(), small.const_data_ptr());
   const at::Tensor behind = bytes(kMega);
   const void* const place = small.const_data_ptr();
   large.reset();
   small.reset();
-  EXPECT_EQ(bytes(2 * kMega).const_data_ptr(), place);
+  EXPECT_EQ(bytes(32 * kMega).const_data_ptr(), place);
 }
 
 TEST(TensorHeaps, KeptTensorsDoNotLieAmongOthers) {
