@@ -33,6 +33,7 @@
 #include "core/random.h"
 #include "data/batch_stream.h"
 #include "distill/imitation.h"
+#include "distill/signal_rows.h"
 #include "distill/teacher.h"
 #include "distill/teacher_cache.h"
 #include "lora/adapter.h"
@@ -272,7 +273,8 @@ double flops_of_a_step(models::Decoder& decoder, const data::Batch& batch) {
 }
 
 // What a step is made of: "rows=4 length=512 documents=512 labels=1 method=lora memory=store steps=3", any of them. With teacher=copy
-// the loss is the forward KL to the same model loaded once more, with teacher=base to the student's own base.
+// the loss is the forward KL to the same model loaded once more, with teacher=base to the student's own base, with teacher=sampled to 12
+// draws a token of that base, packed as a cache holds them and unpacked in every step.
 struct StepCase {
   std::int64_t rows = 4, length = 512, documents = 0, steps = 3;
   double labels = 1;
@@ -321,6 +323,26 @@ data::Batch batch_of(const StepCase& wanted, std::int64_t vocabulary) {
   return batch;
 }
 
+// What a cache holds of a batch: `form`'s rows of the kept tokens' distributions.
+std::vector<std::uint8_t> packed_signal(const distill::SignalForm& form, const models::Decoder& teacher, const data::Batch& batch) {
+  const at::NoGradGuard constant;
+  const at::Tensor index_K = batch.keep_T.nonzero().squeeze(1), hidden_TD = teacher.hidden_TD(train::input_of(batch, 0));
+  std::vector<std::uint8_t> bytes;
+  std::vector<std::int32_t> ids(static_cast<std::size_t>(batch.num_kept * form.slots), -1);
+  std::vector<std::uint32_t> codes(ids.size());
+  std::vector<float> tails(static_cast<std::size_t>(batch.num_kept));
+  std::vector<std::uint64_t> seeds(tails.size());
+  for (std::size_t i = 0; i < seeds.size(); ++i) seeds[i] = mix64(i);
+  train::head_loss_sum(hidden_TD, teacher.head, index_K, /*dropout_seed=*/0, [&](at::Tensor& logits_KV, std::int64_t first, bool) {
+    if (distill::signal_of_rows({.form = form}, logits_KV, seeds.data() + first, ids.data() + first * form.slots, codes.data() + first * form.slots, tails.data() + first) >= 0)
+      fail(ErrorKind::kData, "the teacher's logits are not finite");
+    return 0.0;
+  });
+  distill::pack(form, batch.num_kept, ids.data(), codes.data(), tails.data(), bytes);
+  bytes.resize(bytes.size() + 8);  // unpack() may read behind the end
+  return bytes;
+}
+
 Json step(const std::filesystem::path& model, at::ScalarType type, const StepCase& wanted) {
   use_tensor_heaps();
   train::TrainConfig config;
@@ -352,17 +374,29 @@ Json step(const std::filesystem::path& model, at::ScalarType type, const StepCas
   } else if (wanted.teacher == "base") {
     teacher = distill::base_of(decoder, outside).value();
   }
+  const distill::SignalForm form{.kind = distill::SignalKind::kSampled, .slots = 12, .vocabulary_size = static_cast<std::uint32_t>(decoder.config.vocabulary_size)};
+  const std::vector<std::uint8_t> packed = wanted.teacher == "sampled" ? packed_signal(form, distill::base_of(decoder, outside).value(), batch) : std::vector<std::uint8_t>();
   const distill::Mix mix{.cross_entropy = 0, .divergence = 1, .text = {}, .imitation = {.objective = wanted.objective}, .shared_vocabulary = decoder.config.vocabulary_size};
   distill::Nats nats;
   const train::LossSum loss_sum = [&](const data::Batch& own, std::uint64_t seed) {
+    const auto imitate = [&](const distill::TeacherRows& rows) {
+      return distill::imitation_sum(decoder.hidden_TD(train::input_of(own, seed)), decoder.head, own.targets_T, own.keep_T, seed, mix, {&rows, 1}, nats);
+    };
+    if (wanted.teacher == "sampled") {
+      const distill::SparseSignal signal{.ids_KN = at::empty({own.num_kept, form.slots}, at::kInt), .probabilities_KN = at::empty({own.num_kept, form.slots}, at::kFloat),
+                                         .tail_K = at::empty({own.num_kept}, at::kFloat)};
+      const std::string problem = distill::unpack(form, own.num_kept, std::span(packed).first(packed.size() - 8), signal.ids_KN.mutable_data_ptr<std::int32_t>(),
+                                                  signal.probabilities_KN.mutable_data_ptr<float>(), signal.tail_K.mutable_data_ptr<float>());
+      if (!problem.empty()) fail(ErrorKind::kBug, problem);
+      return imitate({.signal = &signal, .sampled = true});
+    }
     if (wanted.teacher != "none") {
       at::Tensor taught_KD;
       {
         const at::NoGradGuard constant;
         taught_KD = teacher.hidden_TD(train::input_of(own, 0)).index_select(0, own.keep_T.nonzero().squeeze(1));
       }
-      const std::vector<distill::TeacherRows> rows = {{.head = &teacher.head, .hidden_KD = taught_KD}};
-      return distill::imitation_sum(decoder.hidden_TD(train::input_of(own, seed)), decoder.head, own.targets_T, own.keep_T, seed, mix, rows, nats);
+      return imitate({.head = &teacher.head, .hidden_KD = taught_KD});
     }
     return train::cross_entropy_sum(decoder.hidden_TD(train::input_of(own, seed)), decoder.head, own.targets_T, own.keep_T, seed);
   };
