@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 // Causal attention inside documents, with grouped keys and values (arXiv:2305.13245) and optionally a sliding window.
-// Letters: T = tokens, L = tokens including those of the cache, H = query heads, K = key and value heads, S = head size.
+// Letters: T = tokens, H = query heads, K = key and value heads, S = head size.
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
@@ -29,8 +29,5 @@ class Documents {
   std::vector<Group> groups_;
   std::map<std::pair<std::int64_t, std::int64_t>, at::Tensor> masks_;  // (length, window) -> additive [length, length]
 };
-
-/// One document whose earlier keys and values are cached: the T queries are its last tokens. k_KLS, v_KLS hold all L.
-at::Tensor attend_to_cache(const at::Tensor& q_THS, const at::Tensor& k_KLS, const at::Tensor& v_KLS, double scale, std::int64_t window);
 
 }  // namespace alambic::models

@@ -6,11 +6,12 @@
 
 #include <cmath>
 #include <numeric>
+#include <optional>
 
 #include "core/error.h"
 #include "models/attention.h"
 #include "models/fused_blocks.h"
-#include "models/generate.h"
+#include "models/key_value_cache.h"
 #include "models/neftune.h"
 #include "models/norm.h"
 #include "models/rope.h"
@@ -78,6 +79,7 @@ struct Pass {
   Documents documents;
   RotaryTable rope, local_rope;
   at::ScalarType type;
+  std::optional<CachedPass> cached = {};
 
   void show(Place place, std::size_t layer, const at::Tensor& x) const {
     if (input.observer != nullptr) (*input.observer)(place, layer, x);
@@ -112,18 +114,8 @@ at::Tensor attention(const ModelConfig& config, const Block& block, std::size_t 
     k_TKS = rotate(k_TKS, table);
   }
 
-  at::Tensor y_TQ;
-  KeyValueCache* const cache = pass.input.cache;
-  if (cache == nullptr) {
-    y_TQ = pass.documents.attend(q_THS, k_TKS, v_TKS, config.attention_scale, kind.window);
-  } else {
-    const std::int64_t seen = cache->length, now = q_THS.size(0);
-    at::Tensor &k_KCS = cache->keys[layer], &v_KCS = cache->values[layer];
-    k_KCS.narrow(1, seen, now).copy_(k_TKS.transpose(0, 1));
-    v_KCS.narrow(1, seen, now).copy_(v_TKS.transpose(0, 1));
-    if (seen == 0) y_TQ = pass.documents.attend(q_THS, k_TKS, v_TKS, config.attention_scale, kind.window);
-    else y_TQ = attend_to_cache(q_THS, k_KCS.narrow(1, 0, seen + now), v_KCS.narrow(1, 0, seen + now), config.attention_scale, kind.window);
-  }
+  const at::Tensor y_TQ = pass.cached ? pass.cached->attend(layer, q_THS, k_TKS, v_TKS, pass.documents, config.attention_scale, kind.window)
+                                      : pass.documents.attend(q_THS, k_TKS, v_TKS, config.attention_scale, kind.window);
   pass.show(Place::kHeads, layer, y_TQ);
   return block.linears.at(Slot::kOutput)(y_TQ, pass.input.dropout_seed);
 }
@@ -145,20 +137,13 @@ at::Tensor feed_forward(const ModelConfig& config, const Block& block, std::size
   return project(Slot::kDown, gated_TF);
 }
 
-void check_input(const Decoder& decoder, const Input& input) {
+void check_input(const Input& input) {
   const std::int64_t tokens = input.tokens_T.numel();
   const std::int64_t in_documents = std::accumulate(input.document_lengths.begin(), input.document_lengths.end(), std::int64_t{0});
   for (const std::int64_t length : input.document_lengths)
     if (length < 1) fail(ErrorKind::kBug, "a document of ", length, " tokens in a forward pass");
   if (tokens == 0 || in_documents != tokens || input.positions_T.numel() != tokens)
     fail(ErrorKind::kBug, "a forward pass of ", tokens, " tokens with ", input.positions_T.numel(), " positions and documents of ", in_documents, " tokens");
-  if (input.cache != nullptr) {
-    const KeyValueCache& cache = *input.cache;
-    if (input.document_lengths.size() != 1 || cache.keys.size() != decoder.blocks.size())
-      fail(ErrorKind::kBug, "a key-value cache of ", cache.keys.size(), " layers with ", input.document_lengths.size(), " documents");
-    if (cache.length + tokens > cache.keys[0].size(1))
-      fail(ErrorKind::kBug, "the key-value cache holds ", cache.keys[0].size(1), " tokens, ", cache.length + tokens, " are needed");
-  }
 }
 
 }  // namespace
@@ -178,7 +163,7 @@ Decoder make_decoder(const ModelConfig& config) {
 }
 
 at::Tensor Decoder::hidden_TD(const Input& input) const {
-  check_input(*this, input);
+  check_input(input);
   at::Tensor h_TD = embedded_TD(embedding_VD, token_rows_ND, token_row_ids, input.tokens_T, config.pad_id);
   if (config.family->scale_embedding) {
     // Gemma multiplies in the embedding's type; in bf16 sqrt(hidden size) is rounded with it.
@@ -191,6 +176,7 @@ at::Tensor Decoder::hidden_TD(const Input& input) const {
   const double offset = config.family->norm_weight_offset, epsilon = config.norm_epsilon;
   Pass pass{input, Documents(input.document_lengths), rotary_table(config.rope, input.positions_T, input.document_lengths), {}, compute_type()};
   if (config.family->local_rope_theta != 0) pass.local_rope = rotary_table(config.local_rope, input.positions_T, input.document_lengths);
+  if (input.cache != nullptr) pass.cached.emplace(*input.cache, input.cache_rows, input.document_lengths);
   for (std::size_t layer = 0; layer < blocks.size(); ++layer) {
     const Block& block = blocks[layer];
     const auto norm = [&](Slot slot, const at::Tensor& x_TD, at::ScalarType type) { return rms_norm(x_TD, block.norms.at(slot), offset, epsilon, type); };
@@ -207,7 +193,7 @@ at::Tensor Decoder::hidden_TD(const Input& input) const {
     h_TD = h_TD + y_TD;
     pass.show(Place::kBlockOutput, layer, h_TD);
   }
-  if (input.cache != nullptr) input.cache->length += input.tokens_T.numel();
+  if (pass.cached) pass.cached->finish();
   return rms_norm(h_TD, final_norm_D, offset, epsilon, pass.type);
 }
 

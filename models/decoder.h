@@ -15,7 +15,7 @@
 
 namespace alambic::models {
 
-struct KeyValueCache;  // models/generate.h
+struct KeyValueCache;  // models/key_value_cache.h
 
 struct Block {
   std::map<Slot, Linear> linears;      // kQuery .. kDown, as the family has them
@@ -47,7 +47,8 @@ struct Input {
   at::Tensor positions_T;  // i64
   std::vector<std::int64_t> document_lengths;  // attention stays inside a document; their sum is T
   std::uint64_t dropout_seed = 0;              // 0 = evaluating
-  KeyValueCache* cache = nullptr;              // generation: keys and values of earlier tokens of the single document
+  KeyValueCache* cache = nullptr;              // generation: keys and values of earlier tokens; the tokens' own are added
+  std::vector<std::int64_t> cache_rows = {};   // which of the cache's documents these are
   double neftune_alpha = 0;                    // noise on embeddings (models/neftune.h); only with a dropout_seed
   const Observer* observer = nullptr;          // is shown each block's tensors as they are made; such a pass is never fused
 };

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
+// Letters: B = documents that go on, T = tokens of a pass, V = vocabulary.
 #include "models/generate.h"
 
 #include <ATen/ops/arange.h>
 #include <ATen/ops/argmax.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/logsumexp.h>
 #include <ATen/ops/softmax.h>
@@ -18,6 +18,7 @@
 
 #include "core/error.h"
 #include "core/random.h"
+#include "models/key_value_cache.h"
 
 namespace alambic::models {
 namespace {
@@ -25,26 +26,33 @@ namespace {
 constexpr double kNever = -std::numeric_limits<double>::infinity();
 constexpr std::int64_t kScoreRows = 256;  // logits rows in memory at once
 
-Input input_of(const std::vector<std::int64_t>& ids, std::size_t first) {
-  const auto begin = ids.begin() + static_cast<std::ptrdiff_t>(first);
-  const auto count = static_cast<std::int64_t>(ids.size() - first);
-  Input input;
-  input.tokens_T = at::tensor(std::vector<std::int64_t>(begin, ids.end()), at::kLong);
-  input.positions_T = at::arange(static_cast<std::int64_t>(first), static_cast<std::int64_t>(ids.size()), at::kLong);
-  input.document_lengths = {count};
-  return input;
-}
+constexpr std::int64_t kFirstRoom = 256;  // new tokens that a cache has room for before it grows
 
-void make_room(KeyValueCache& cache, std::int64_t tokens) {
-  const std::int64_t capacity = cache.keys[0].size(1);
-  if (cache.length + tokens <= capacity) return;
-  const std::int64_t more = std::max(cache.length + tokens, 2 * capacity);
-  for (auto* list : {&cache.keys, &cache.values})
-    for (at::Tensor& old : *list) {
-      const at::Tensor wider = at::empty({old.size(0), more, old.size(2)}, old.options());
-      wider.narrow(1, 0, cache.length).copy_(old.narrow(1, 0, cache.length));
-      old = wider;
-    }
+// A document that is being continued.
+struct Document {
+  std::size_t number = 0;         // among the prompts
+  std::vector<std::int64_t> ids;  // prompt and what was drawn
+};
+
+// A pass over the tokens of documents that a cache has not yet, and each document's last one of them.
+struct Newest {
+  Input input;
+  at::Tensor last_B;
+};
+Newest newest(const std::vector<Document>& documents, const std::vector<std::int64_t>& rows, KeyValueCache& cache) {
+  std::vector<std::int64_t> tokens, positions, last;
+  Newest result;
+  for (const std::int64_t row : rows) {
+    const std::vector<std::int64_t>& ids = documents[static_cast<std::size_t>(row)].ids;
+    const std::int64_t kept = cache.lengths_B[static_cast<std::size_t>(row)], total = static_cast<std::int64_t>(ids.size());
+    for (std::int64_t t = kept; t < total; ++t) tokens.push_back(ids[static_cast<std::size_t>(t)]), positions.push_back(t);
+    last.push_back(static_cast<std::int64_t>(tokens.size()) - 1);
+    result.input.document_lengths.push_back(total - kept);
+  }
+  result.input.tokens_T = at::tensor(tokens, at::kLong), result.input.positions_T = at::tensor(positions, at::kLong);
+  result.input.cache = &cache, result.input.cache_rows = rows;
+  result.last_B = at::tensor(last, at::kLong);
+  return result;
 }
 
 // The n-th draw: inverse of the distribution function at a number in [0, 1) that depends on seed and n alone.
@@ -78,14 +86,6 @@ void check(const Sampling& sampling) {
   if (!(sampling.min_p >= 0 && sampling.min_p <= 1)) fail(ErrorKind::kUsage, "min_p must be from 0 to 1, got ", sampling.min_p);
   if (!(sampling.repetition_penalty > 0 && std::isfinite(sampling.repetition_penalty)))
     fail(ErrorKind::kUsage, "repetition_penalty must be above 0, got ", sampling.repetition_penalty);
-}
-
-KeyValueCache make_cache(const Decoder& decoder, std::int64_t capacity) {
-  KeyValueCache cache;
-  for (std::size_t layer = 0; layer < decoder.blocks.size(); ++layer)
-    for (auto* list : {&cache.keys, &cache.values})
-      list->push_back(at::empty({decoder.config.num_kv_heads, capacity, decoder.config.head_size}, decoder.compute_type()));
-  return cache;
 }
 
 at::Tensor filtered_logits_V(const at::Tensor& logits_V, const std::vector<std::int64_t>& seen, const Sampling& sampling) {
@@ -124,36 +124,78 @@ std::int64_t next_id(const at::Tensor& logits_V, const std::vector<std::int64_t>
   return sampling.temperature == 0 ? at::argmax(left_V).item<std::int64_t>() : draw(left_V, seed, n);
 }
 
-std::vector<std::int64_t> generate(const Decoder& decoder, const std::vector<std::int64_t>& prompt, const Sampling& sampling,
-                                   const std::vector<std::int64_t>& stop_ids, const std::function<bool(std::int64_t)>& on_token) {
+std::vector<Continuation> generate_many(const Decoder& decoder, const std::vector<Prompt>& prompts, const Sampling& sampling, const std::vector<std::int64_t>& stop_ids,
+                                        bool log_probabilities, const std::function<bool(std::size_t, std::int64_t)>& on_token) {
   const at::NoGradGuard constant;
   check(sampling);
-  check_ids(decoder, prompt);
-  if (prompt.empty()) fail(ErrorKind::kUsage, "the prompt is empty; at least one token is needed");
-  std::vector<std::int64_t> ids = prompt, drawn;
-  KeyValueCache cache = make_cache(decoder, static_cast<std::int64_t>(prompt.size()) + std::min<std::int64_t>(sampling.max_new_tokens, 256));
+  const auto limit = [&](std::size_t number) { return prompts[number].max_new_tokens > 0 ? prompts[number].max_new_tokens : sampling.max_new_tokens; };
+  std::vector<Continuation> drawn(prompts.size());
+  std::vector<Document> going;
+  std::int64_t longest = 0, most = 0;
+  for (std::size_t i = 0; i < prompts.size(); ++i) {
+    if (prompts[i].ids.empty()) fail(ErrorKind::kUsage, "prompt ", i, " is empty", Remedy{"give at least one token"});
+    check_ids(decoder, prompts[i].ids);
+    if (limit(i) < 1) continue;
+    longest = std::max(longest, static_cast<std::int64_t>(prompts[i].ids.size())), most = std::max(most, limit(i));
+    going.push_back({.number = i, .ids = prompts[i].ids});
+  }
+  if (going.empty()) return drawn;
   const std::int64_t long_from = decoder.config.rope.long_from;
-  for (std::int64_t step = 0; step < sampling.max_new_tokens; ++step) {
-    // Once a document is longer than this, LongRoPE rotates all of its keys by other frequencies: they are made again.
-    if (long_from > 0 && cache.length <= long_from && static_cast<std::int64_t>(ids.size()) > long_from) cache.length = 0;
-    Input input = input_of(ids, static_cast<std::size_t>(cache.length));
-    make_room(cache, input.tokens_T.numel());
-    input.cache = &cache;
-    const at::Tensor last_1D = decoder.hidden_TD(input).narrow(0, input.tokens_T.numel() - 1, 1);
-    const std::int64_t next = next_id(decoder.logits_TV(last_1D).squeeze(0), ids, sampling, sampling.seed, static_cast<std::uint64_t>(step));
-    drawn.push_back(next);
-    ids.push_back(next);
-    if (on_token && !on_token(next)) break;
-    if (std::find(stop_ids.begin(), stop_ids.end(), next) != stop_ids.end()) break;
+  KeyValueCache cache(decoder, static_cast<std::int64_t>(going.size()), longest + std::min(most, kFirstRoom));
+  for (std::uint64_t step = 0; !going.empty(); ++step) {
+    // Documents whose keys are made (again) as a whole, and those of which one token is new.
+    std::vector<std::int64_t> whole, single;
+    for (std::size_t row = 0; row < going.size(); ++row) {
+      std::int64_t& kept = cache.lengths_B[row];
+      const auto length = static_cast<std::int64_t>(going[row].ids.size());
+      // Once a document is longer than this, LongRoPE rotates all of its keys by other frequencies.
+      if (long_from > 0 && kept <= long_from && length > long_from) kept = 0;
+      (kept == 0 ? whole : single).push_back(static_cast<std::int64_t>(row));
+      cache.make_room(length);
+    }
+    std::vector<std::int64_t> still;
+    for (const std::vector<std::int64_t>& rows : {whole, single}) {
+      if (rows.empty()) continue;
+      const Newest pass = newest(going, rows, cache);
+      const at::Tensor logits_BV = decoder.logits_TV(decoder.hidden_TD(pass.input).index_select(0, pass.last_B));
+      at::Tensor total_B;
+      if (log_probabilities) total_B = at::logsumexp(logits_BV, {1});
+      for (std::size_t i = 0; i < rows.size(); ++i) {
+        Document& document = going[static_cast<std::size_t>(rows[i])];
+        Continuation& continuation = drawn[document.number];
+        const at::Tensor logits_V = logits_BV[static_cast<std::int64_t>(i)];
+        const std::int64_t id = next_id(logits_V, document.ids, sampling, prompts[document.number].seed, step);
+        continuation.ids.push_back(id), document.ids.push_back(id);
+        if (log_probabilities) continuation.sum_log_probability += logits_V[id].item<double>() - total_B[static_cast<std::int64_t>(i)].item<double>();
+        const bool goes_on = !on_token || on_token(document.number, id);
+        continuation.stopped = std::find(stop_ids.begin(), stop_ids.end(), id) != stop_ids.end();
+        if (goes_on && !continuation.stopped && static_cast<std::int64_t>(continuation.ids.size()) < limit(document.number)) still.push_back(rows[i]);
+      }
+    }
+    if (still.size() == going.size()) continue;
+    if (still.empty()) break;
+    std::sort(still.begin(), still.end());
+    cache.keep_only(still);
+    std::vector<Document> left;
+    for (const std::int64_t row : still) left.push_back(std::move(going[static_cast<std::size_t>(row)]));
+    going = std::move(left);
   }
   return drawn;
+}
+
+std::vector<std::int64_t> generate(const Decoder& decoder, const std::vector<std::int64_t>& prompt, const Sampling& sampling,
+                                   const std::vector<std::int64_t>& stop_ids, const std::function<bool(std::int64_t)>& on_token) {
+  const auto each = [&](std::size_t, std::int64_t id) { return !on_token || on_token(id); };
+  return generate_many(decoder, {{.ids = prompt, .seed = sampling.seed}}, sampling, stop_ids, false, each)[0].ids;
 }
 
 std::vector<double> score(const Decoder& decoder, const std::vector<std::int64_t>& ids) {
   const at::NoGradGuard constant;
   if (ids.size() < 2) fail(ErrorKind::kUsage, "scoring needs at least two token ids, got ", ids.size());
   check_ids(decoder, ids);
-  const Input input = input_of(ids, 0);
+  Input input;
+  input.tokens_T = at::tensor(ids, at::kLong), input.positions_T = at::arange(input.tokens_T.numel(), at::kLong);
+  input.document_lengths = {input.tokens_T.numel()};
   const at::Tensor hidden_TD = decoder.hidden_TD(input);
   std::vector<double> log_probabilities;
   const std::int64_t rows = input.tokens_T.numel() - 1;

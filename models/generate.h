@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-// Next tokens, one after the other, with a key-value cache; and the log-probabilities of given tokens.
+// Next tokens, one after the other, with key-value caches; and the log-probabilities of given tokens.
 // Letters: V = vocabulary.
 #include <ATen/core/Tensor.h>
 
@@ -12,14 +12,6 @@
 #include "models/decoder.h"
 
 namespace alambic::models {
-
-/// Keys and values of the tokens seen so far, one pair a layer, [kv heads, capacity, head size] in the compute type. Keys
-/// are stored rotated. Only for use without gradients.
-struct KeyValueCache {
-  std::vector<at::Tensor> keys, values;
-  std::int64_t length = 0;
-};
-KeyValueCache make_cache(const Decoder& decoder, std::int64_t capacity);
 
 struct Sampling {
   double temperature = 0;         // 0 = greedy
@@ -41,9 +33,27 @@ void check_ids(const Decoder& decoder, const std::vector<std::int64_t>& ids);
 /// The n-th token drawn: the likeliest of the filtered logits where the temperature is 0, else by a number that depends on seed and n alone.
 std::int64_t next_id(const at::Tensor& logits_V, const std::vector<std::int64_t>& seen, const Sampling& sampling, std::uint64_t seed, std::uint64_t n);
 
-/// Ids after the prompt, up to and including the first of stop_ids. on_token sees each id as it is drawn and ends the
-/// generation by returning false (stop strings live there). Filters apply in transformers' order. The n-th draw depends on
-/// the seed, n and the filtered distribution alone. Error(kUsage): an empty prompt, an id outside the vocabulary.
+struct Prompt {
+  std::vector<std::int64_t> ids;
+  std::uint64_t seed = 0;           // in place of Sampling's
+  std::int64_t max_new_tokens = 0;  // 0: Sampling's
+};
+
+struct Continuation {
+  std::vector<std::int64_t> ids;   // after the prompt, up to and including the first stop id
+  bool stopped = false;            // by a stop id
+  double sum_log_probability = 0;  // of the ids, by the model as it is: no temperature, no filter. Only when asked for
+};
+
+/// Several prompts at once: each has its own cache, length, seed and end, and all share each product. One continuation does not
+/// change the draws of another, but for the rounding of products of another height. The n-th draw depends on the seed, n and the
+/// filtered distribution alone; filters apply in transformers' order. on_token sees each id as it is drawn and ends its
+/// continuation by returning false (stop strings live there). Caches are as long as the longest document. Error(kUsage): an
+/// empty prompt, an id outside the vocabulary.
+std::vector<Continuation> generate_many(const Decoder& decoder, const std::vector<Prompt>& prompts, const Sampling& sampling, const std::vector<std::int64_t>& stop_ids,
+                                        bool log_probabilities = false, const std::function<bool(std::size_t prompt, std::int64_t id)>& on_token = {});
+
+/// The ids of one prompt's continuation.
 std::vector<std::int64_t> generate(const Decoder& decoder, const std::vector<std::int64_t>& prompt, const Sampling& sampling,
                                    const std::vector<std::int64_t>& stop_ids,
                                    const std::function<bool(std::int64_t)>& on_token = {});

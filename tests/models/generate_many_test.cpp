@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Several continuations at once against generate(), which is compared with transformers in generate_test.cpp.
-#include "models/generate_many.h"
+#include "models/generate.h"
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/arange.h>

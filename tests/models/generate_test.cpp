@@ -11,6 +11,7 @@
 #include <cmath>
 
 #include "core/json.h"
+#include "models/key_value_cache.h"
 #include "tests/closeness.h"
 #include "tests/models/tiny_model.h"
 #include "tests/support.h"
@@ -47,18 +48,26 @@ TEST_P(GenerateTest, CachedStepsEqualOnePass) {
   whole.positions_T = at::arange(8, at::kLong);
   whole.document_lengths = {8};
   const at::Tensor expected_TD = decoder.hidden_TD(whole);
-  // One token, then three at once behind it, then the others singly.
-  KeyValueCache cache = make_cache(decoder, 8);
-  for (const std::int64_t count : {1, 3, 1, 1, 1, 1}) {
-    const std::int64_t first = cache.length;
+  // Beside another document, four tokens at once, then the others singly.
+  KeyValueCache cache(decoder, 2, 8);
+  for (const std::int64_t count : {4, 1, 1, 1, 1}) {
+    const std::int64_t first = cache.lengths_B[1];
     Input part;
     part.tokens_T = whole.tokens_T.narrow(0, first, count);
     part.positions_T = whole.positions_T.narrow(0, first, count);
     part.document_lengths = {count};
-    part.cache = &cache;
+    part.cache = &cache, part.cache_rows = {1};
     EXPECT_TRUE(testing::is_close_to_scale(decoder.hidden_TD(part), expected_TD.narrow(0, first, count), 1e-5)) << "from token " << first;
   }
-  EXPECT_EQ(cache.length, 8);
+  EXPECT_EQ(cache.lengths_B, (std::vector<std::int64_t>{0, 8}));
+  EXPECT_TRUE(fails_with(ErrorKind::kBug, "2 new tokens behind 8", [&] { CachedPass(cache, {1}, {2}); }));
+  EXPECT_TRUE(fails_with(ErrorKind::kBug, "some are new", [&] { CachedPass(cache, {0, 1}, {1, 1}); }));
+  EXPECT_TRUE(fails_with(ErrorKind::kBug, "holds 8 tokens, 9 are needed", [&] { CachedPass(cache, {1}, {1}); }));
+  cache.make_room(9);
+  EXPECT_EQ(cache.capacity(), 16);
+  EXPECT_TRUE(cache.keys_BKCS[0].narrow(2, 8, 8).eq(0).all().item<bool>());
+  cache.keep_only({1});
+  EXPECT_EQ(cache.lengths_B, (std::vector<std::int64_t>{8}));
 }
 
 TEST_P(GenerateTest, ScoresAreTheLogProbabilitiesOfTransformersLogits) {
@@ -142,7 +151,7 @@ TEST(Generate, StopsAtAStopIdAndWhenAsked) {
 
 TEST(Generate, RefusesWhatCannotBe) {
   const Decoder decoder = decoder_of(Golden("families/llama.safetensors"));
-  EXPECT_TRUE(fails_with(ErrorKind::kUsage, "the prompt is empty", [&] { generate(decoder, {}, {}, {}); }));
+  EXPECT_TRUE(fails_with(ErrorKind::kUsage, "prompt 0 is empty", [&] { generate(decoder, {}, {}, {}); }));
   EXPECT_TRUE(fails_with(ErrorKind::kUsage, "token id 64 (number 1) is outside the vocabulary of 64", [&] { generate(decoder, {1, 64}, {}, {}); }));
   EXPECT_TRUE(fails_with(ErrorKind::kUsage, "token id -1", [&] { score(decoder, {-1, 2}); }));
   EXPECT_TRUE(fails_with(ErrorKind::kUsage, "at least two token ids", [&] { score(decoder, {1}); }));
