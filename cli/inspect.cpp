@@ -20,7 +20,9 @@
 #include "data/token_store.h"
 #include "data/tokenizer.h"
 #include "distill/distill.h"
+#include "distill/prune.h"
 #include "distill/teacher_cache.h"
+#include "distill/write_cache.h"
 #include "models/config.h"
 #include "train/train_config.h"
 
@@ -194,24 +196,28 @@ Json inspect_run(const fs::path& folder) {
   return report;
 }
 
-// A YAML file: the config of train or of prepare, whichever has fewer complaints; those of the better reading are thrown.
+// A YAML file: the config of the verb whose reading has the fewest complaints, which are thrown where there are some.
 Json inspect_config(const fs::path& path) {
-  const auto attempt = [&]<class Config>(const char* verb, Config*) -> std::pair<Json, std::string> {
+  std::string best_verb, best_problems;
+  std::optional<Json> found;
+  const auto attempt = [&]<class Config>(const char* verb, Config*) {
+    if (found) return;
     try {
-      return {{{"kind", "config"}, {"of", verb}, {"config", resolved_config(read_config<Config>(path))}}, ""};
+      found = Json{{"kind", "config"}, {"of", verb}, {"config", resolved_config(read_config<Config>(path))}};
     } catch (const Error& error) {
       if (error.kind() != ErrorKind::kUsage) throw;
-      return {Json(), error.what()};
+      const auto lines = [](const std::string& text) { return std::count(text.begin(), text.end(), '\n'); };
+      const std::string problems = error.what();
+      if (best_verb.empty() || lines(problems) < lines(best_problems)) best_verb = verb, best_problems = problems;
     }
   };
-  if (has_top_key(path, {}, "distill")) return {{"kind", "config"}, {"of", "distill"}, {"config", resolved_config(read_config<distill::DistillConfig>(path))}};
-  const auto [train, train_problems] = attempt("train", static_cast<train::TrainConfig*>(nullptr));
-  if (train_problems.empty()) return train;
-  const auto [prepare, prepare_problems] = attempt("prepare", static_cast<data::PrepareConfig*>(nullptr));
-  if (prepare_problems.empty()) return prepare;
-  const auto lines = [](const std::string& text) { return std::count(text.begin(), text.end(), '\n'); };
-  const bool as_train = lines(train_problems) <= lines(prepare_problems);
-  throw Error(ErrorKind::kUsage, as_train ? train_problems : prepare_problems, std::string("it was read as the config of ") + (as_train ? "train" : "prepare"));
+  attempt("train", static_cast<train::TrainConfig*>(nullptr));
+  attempt("prepare", static_cast<data::PrepareConfig*>(nullptr));
+  attempt("distill", static_cast<distill::DistillConfig*>(nullptr));
+  attempt("distill --cache", static_cast<distill::CacheConfig*>(nullptr));
+  attempt("prune", static_cast<distill::PruneConfig*>(nullptr));
+  if (!found) throw Error(ErrorKind::kUsage, best_problems, "it was read as the config of " + best_verb);
+  return *found;
 }
 
 Json inspect(const fs::path& path) {

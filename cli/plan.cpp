@@ -6,6 +6,7 @@
 #include "cli/figures.h"
 #include "cli/verbs.h"
 #include "distill/distill.h"
+#include "distill/write_cache.h"
 
 namespace alambic::cli {
 namespace {
@@ -23,8 +24,10 @@ int run_plan(const Arguments& arguments, const Terminal& terminal) {
   std::vector<std::string> overrides = arguments.texts("set");
   if (arguments.has("threads")) overrides.push_back("threads=" + arguments.text("threads"));
   const bool probe = !arguments.has("no-probe");
-  const Json plan = has_top_key(arguments.positional(0), overrides, "distill") ? distill::plan(read_config<distill::DistillConfig>(arguments.positional(0), overrides), probe)
-                                                                               : train::plan(read_config<train::TrainConfig>(arguments.positional(0), overrides), probe);
+  const auto has = [&](const char* key) { return has_top_key(arguments.positional(0), overrides, key); };
+  const Json plan = has("distill")  ? distill::plan(read_config<distill::DistillConfig>(arguments.positional(0), overrides), probe)
+                    : has("stores") ? distill::plan_cache(read_config<distill::CacheConfig>(arguments.positional(0), overrides), probe)
+                                    : train::plan(read_config<train::TrainConfig>(arguments.positional(0), overrides), probe);
   if (arguments.has("json")) {
     print_json(terminal, plan);
     return 0;
@@ -63,8 +66,8 @@ int run_plan(const Arguments& arguments, const Terminal& terminal) {
 Verb plan_verb() {
   return {.name = "plan",
           .summary = "everything train or distill would check, and what a run would cost",
-          .description = "Checks config, model, stores and licences as train does (or distill, where CONFIG has its section: alambic distill --help), and tells steps, memory, time and disk, without training. Nothing is written.",
-          .positionals = {{.name = "CONFIG", .help = "a YAML file, as for train or distill"}},
+          .description = "Checks config, model, stores and licences as train does (or distill, where CONFIG has its section, or distill --cache, where it has stores: alambic distill --help), and tells steps, memory, time and disk, without training. Nothing is written.",
+          .positionals = {{.name = "CONFIG", .help = "a YAML file, as for train, distill or distill --cache"}},
           .options = {{.name = "no-probe", .help = "do not measure one micro-batch; time then stays unknown"}, set_option(), json_option(), threads_option()},
           .examples = {{"alambic plan run.yaml", "before a long run"}},
           .run = run_plan,

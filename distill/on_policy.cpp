@@ -8,7 +8,7 @@
 
 #include "core/config.h"
 #include "core/random.h"
-#include "models/generate_many.h"
+#include "models/generate.h"
 
 namespace alambic::distill {
 namespace {

@@ -25,7 +25,7 @@
 #include "data/token_store.h"
 #include "data/tokenizer.h"
 #include "distill/distill.h"
-#include "models/generate_many.h"
+#include "models/generate.h"
 #include "train/run_folder.h"
 
 namespace alambic::distill {

@@ -12,6 +12,7 @@
 #include "checkpoints/hf_folder.h"
 #include "checkpoints/licence.h"
 #include "core/error.h"
+#include "core/files.h"
 #include "core/log.h"
 #include "core/random.h"
 #include "data/token_store.h"
@@ -19,6 +20,9 @@
 #include "distill/signal_rows.h"
 #include "models/fused_blocks.h"
 #include "train/cross_entropy.h"
+#include "train/inputs.h"
+#include "train/memory.h"
+#include "train/run_log.h"
 
 namespace alambic::distill {
 namespace {
@@ -265,25 +269,107 @@ void CacheConfig::visit(FieldVisitor& fields) {
   fields.field("seed", seed, {.help = "of the draws"});
 }
 
+namespace {
+
+// A config that has been checked against what it names.
+struct Opened {
+  ShardOf part;
+  models::ModelConfig model;
+  std::vector<data::TokenStore> stores;
+  CacheHeader header;
+  std::vector<std::uint64_t> first_document;  // of each store, numbered through
+  std::uint64_t num_documents = 0;
+
+  explicit Opened(const CacheConfig& config) : part(shard_of(config.shard)) {
+    if (config.stores.empty()) fail(ErrorKind::kUsage, "stores: is empty, so there is nothing for the teacher to read");
+    if (config.kind == "top_k" && config.proposal_exponent != 1) fail(ErrorKind::kUsage, "proposal_exponent: only kind: sampled draws from another distribution");
+    at::set_num_threads(config.threads > 0 ? static_cast<int>(config.threads) : static_cast<int>(std::max(1u, std::thread::hardware_concurrency())));
+    model = models::read_model_config(config.model);
+    stores = open_stores(config, model);
+    header = header_of(config, model, stores);
+    for (const data::TokenStore& store : stores) first_document.push_back(std::exchange(num_documents, num_documents + store.num_documents()));
+  }
+
+  std::size_t store_of(std::uint64_t number) const {
+    return static_cast<std::size_t>(std::upper_bound(first_document.begin(), first_document.end(), number) - first_document.begin() - 1);
+  }
+  bool is_of_shard(std::uint64_t number) const { return number / kGroupDocuments % part.num_shards == part.shard; }
+  Teacher::Asked document(std::uint64_t number) const {
+    const std::size_t store = store_of(number);
+    return {.store = store, .number = number - first_document[store], .text = stores[store].read(number - first_document[store])};
+  }
+};
+
+models::Decoder load_teacher(const CacheConfig& config) {
+  models::Decoder decoder = checkpoints::load_decoder(config.model, compute_type_of(config));
+  if (const std::string reason = models::use_fused_blocks(decoder); !reason.empty()) log_info("blocks: ATen operators, as ", reason);
+  return decoder;
+}
+
+}  // namespace
+
+Json plan_cache(const CacheConfig& config, bool probe) {
+  const at::NoGradGuard no_grad;
+  const Opened opened(config);
+  const CacheHeader& header = opened.header;
+  std::uint64_t documents = 0, tokens = 0;
+  for (std::uint64_t number = 0; number < opened.num_documents; ++number) {
+    if (!opened.is_of_shard(number)) continue;
+    ++documents;
+    const std::size_t store = opened.store_of(number);
+    for (const Piece& piece : pieces_of(0, opened.stores[store].length(number - opened.first_document[store]), header)) tokens += piece.length;
+  }
+  const std::uint64_t disk = header.form.most_bytes(tokens), free = free_bytes(config.output);
+  Json data = Json::array(), warnings = Json::array();
+  for (const data::TokenStore& store : opened.stores) data.push_back(train::describe_store("read by the teacher", store.folder(), store));
+  if (disk > free) warnings.push_back("disk: up to " + std::to_string(disk >> 20) + " MiB are needed, " + std::to_string(free >> 20) + " MiB are free at " + config.output.string());
+
+  models::Decoder decoder = load_teacher(config);
+  Json time = nullptr;
+  if (probe && documents > 0) {
+    Teacher teacher(decoder, header);
+    std::vector<Teacher::Asked> asked;
+    std::uint64_t some = 0;
+    for (std::uint64_t number = 0; number < opened.num_documents && some < static_cast<std::uint64_t>(header.row_length * header.rows_per_batch); ++number) {
+      if (!opened.is_of_shard(number)) continue;
+      asked.push_back(opened.document(number));
+      some += std::min<std::uint64_t>(asked.back().text.ids.size(), static_cast<std::uint64_t>(header.row_length));
+    }
+    teacher.signals(asked, [] {});  // the first pass makes kernels and memory ready
+    const std::uint64_t before = teacher.num_tokens();
+    const Clock::time_point start = Clock::now();
+    teacher.signals(asked, [] {});
+    const double rate = static_cast<double>(teacher.num_tokens() - before) / seconds_since(start);
+    time = {{"tokens_per_second", rate}, {"seconds", rate > 0 ? Json(static_cast<double>(tokens) / rate) : Json(nullptr)}, {"measured", true}, {"note", "the teacher's passes, and drawing from them"},
+            {"probe_peak_memory", train::process_memory().peak}};
+  }
+  const train::MemoryEstimate memory = train::estimate_reading_memory(decoder, header.row_length * header.rows_per_batch);
+  const std::uint64_t available = train::available_memory();
+  if (available > 0 && memory.total() > available)
+    warnings.push_back("memory: about " + std::to_string(memory.total() >> 20) + " MiB are needed, " + std::to_string(available >> 20) + " MiB are available; lower rows_per_batch");
+  return {{"documents", documents},
+          {"tokens", tokens},
+          {"bytes_per_token_at_most", tokens > 0 ? Json(static_cast<double>(disk) / static_cast<double>(tokens)) : Json(nullptr)},
+          {"model", {{"folder", config.model.string()}, {"family", header.teacher.family}, {"parameters", header.teacher.parameters}, {"compute_type", header.teacher.compute_type}, {"sha256", header.teacher.hash}}},
+          {"data", data},
+          {"memory", {{"weights", memory.weights}, {"activations", memory.activations}, {"head", memory.head}, {"library", memory.library}, {"total", memory.total()}, {"available", available}}},
+          {"time", time},
+          {"disk", {{"total", disk}, {"free", free}}},
+          {"teacher_licence", header.teacher.licence},
+          {"warnings", warnings}};
+}
+
 CacheReport write_cache(const CacheConfig& config, const std::function<bool()>& stop_requested) {
   const at::NoGradGuard no_grad;
-  const ShardOf part = shard_of(config.shard);
-  if (config.stores.empty()) fail(ErrorKind::kUsage, "stores: is empty, so there is nothing for the teacher to read");
-  if (config.kind == "top_k" && config.proposal_exponent != 1) fail(ErrorKind::kUsage, "proposal_exponent: only kind: sampled draws from another distribution");
-  at::set_num_threads(config.threads > 0 ? static_cast<int>(config.threads) : static_cast<int>(std::max(1u, std::thread::hardware_concurrency())));
-  const models::ModelConfig model = models::read_model_config(config.model);
-  const std::vector<data::TokenStore> stores = open_stores(config, model);
-  const CacheHeader header = header_of(config, model, stores);
+  const Opened opened(config);
+  const ShardOf& part = opened.part;
+  const CacheHeader& header = opened.header;
   TeacherCacheWriter writer(config.output, header, part.shard, part.num_shards);
 
   CacheReport report;
   report.was_complete = writer.complete();
   if (!writer.complete()) {
-    models::Decoder decoder = checkpoints::load_decoder(config.model, compute_type_of(config));
-    if (const std::string reason = models::use_fused_blocks(decoder); !reason.empty()) log_info("blocks: ATen operators, as ", reason);
-    std::vector<std::uint64_t> first_document;  // of each store, numbered through
-    std::uint64_t num_documents = 0;
-    for (const data::TokenStore& store : stores) first_document.push_back(std::exchange(num_documents, num_documents + store.num_documents()));
+    const models::Decoder decoder = load_teacher(config);
     Teacher teacher(decoder, header);
     std::uint64_t local = writer.committed_documents();
     log_info("teacher ", header.teacher.name, ": ", writer.num_documents() - local, " of ", writer.num_documents(), " documents of shard ", config.shard, " to read, into ", config.output.string());
@@ -298,11 +384,7 @@ CacheReport write_cache(const CacheConfig& config, const std::function<bool()>& 
     while (local < writer.num_documents()) {
       const std::uint64_t group = local / kGroupDocuments * part.num_shards + part.shard;
       std::vector<Teacher::Asked> documents;
-      for (std::uint64_t number = group * kGroupDocuments; number < std::min(num_documents, (group + 1) * kGroupDocuments); ++number) {
-        const auto store = static_cast<std::size_t>(std::upper_bound(first_document.begin(), first_document.end(), number) - first_document.begin() - 1);
-        const std::uint64_t own = number - first_document[store];
-        documents.push_back({.store = store, .number = own, .text = stores[store].read(own)});
-      }
+      for (std::uint64_t number = group * kGroupDocuments; number < std::min(opened.num_documents, (group + 1) * kGroupDocuments); ++number) documents.push_back(opened.document(number));
       for (const std::vector<PieceSignal>& pieces : teacher.signals(documents, stop_where_asked)) writer.append(pieces);
       writer.end_group();
       local += documents.size();

@@ -51,4 +51,9 @@ struct CacheReport {
 /// vocabulary than the teacher's. Error(kNumerics): the teacher's logits are not finite. Error(kStopped).
 CacheReport write_cache(const CacheConfig& config, const std::function<bool()>& stop_requested);
 
+/// What write_cache() would check, and what the shard would take: {"documents", "tokens", "rows", "model", "data", "memory", "time",
+/// "disk", "licence", "warnings"} in the units of train::plan. Sizes are upper bounds. Nothing is written; `probe`: one pass of the
+/// teacher is timed.
+Json plan_cache(const CacheConfig& config, bool probe = true);
+
 }  // namespace alambic::distill

@@ -59,17 +59,18 @@ Json identity_of(const TrainConfig& config, const Inputs& inputs) {
   return {{"run", run}, {"machine", {{"threads", at::get_num_threads()}, {"processor", at::get_cpu_capability()}, {"libtorch", TORCH_VERSION}}}};
 }
 
+Json describe_store(const std::string& use, const std::filesystem::path& folder, const data::TokenStore& store) {
+  Json sources = Json::array();
+  for (const data::SourceInfo& source : store.info().sources)
+    sources.push_back({{"name", source.name}, {"origin", source.origin}, {"licence", source.licence}, {"language", source.language}});
+  return {{"use", use}, {"store", folder.string()}, {"sha256", store.hash()}, {"documents", store.totals().documents},
+          {"tokens", store.totals().tokens}, {"trained_tokens", store.totals().trained_tokens}, {"sources", sources}};
+}
+
 Json describe_data(const TrainConfig& config, const Inputs& inputs) {
   Json all = Json::array();
-  const auto add = [&](const std::string& use, const std::filesystem::path& folder, const data::TokenStore& store) {
-    Json sources = Json::array();
-    for (const data::SourceInfo& source : store.info().sources)
-      sources.push_back({{"name", source.name}, {"origin", source.origin}, {"licence", source.licence}, {"language", source.language}});
-    all.push_back({{"use", use}, {"store", folder.string()}, {"sha256", store.hash()}, {"documents", store.totals().documents},
-                   {"tokens", store.totals().tokens}, {"trained_tokens", store.totals().trained_tokens}, {"sources", sources}});
-  };
-  for (std::size_t i = 0; i < inputs.learnt.size(); ++i) add("train", config.data.mixture[i].store, inputs.learnt[i]);
-  for (std::size_t i = 0; i < inputs.held_out.size(); ++i) add(inputs.held_out[i].first, config.evaluation.stores[i].store, inputs.held_out[i].second);
+  for (std::size_t i = 0; i < inputs.learnt.size(); ++i) all.push_back(describe_store("train", config.data.mixture[i].store, inputs.learnt[i]));
+  for (std::size_t i = 0; i < inputs.held_out.size(); ++i) all.push_back(describe_store(inputs.held_out[i].first, config.evaluation.stores[i].store, inputs.held_out[i].second));
   return all;
 }
 

@@ -45,7 +45,9 @@ Json resolved_config_of(const TrainConfig& config, const Inputs& inputs);
 /// of floating-point sums depend on besides.
 Json identity_of(const TrainConfig& config, const Inputs& inputs);
 
-/// [{"use": "train" | name, "store", "hash", "documents", "tokens", "trained_tokens", "sources": [{name, origin, licence, language}]}]
+/// {"use", "store", "sha256", "documents", "tokens", "trained_tokens", "sources": [{name, origin, licence, language}]}
+Json describe_store(const std::string& use, const std::filesystem::path& folder, const data::TokenStore& store);
+/// That of all stores of a run; "use" is "train", or the name of an evaluation.
 Json describe_data(const TrainConfig& config, const Inputs& inputs);
 
 /// [{"folder", "sha256", "licence", ...}]: a contributor each.

@@ -74,6 +74,12 @@ MemoryEstimate estimate_memory(models::Decoder& decoder, std::uint64_t optimizer
   return estimate;
 }
 
+MemoryEstimate estimate_reading_memory(models::Decoder& decoder, std::int64_t batch_tokens) {
+  MemoryEstimate estimate = estimate_memory(decoder, 0, batch_tokens);
+  estimate.activations = static_cast<std::uint64_t>(static_cast<double>(batch_tokens) * work_per_token(decoder));
+  return estimate;
+}
+
 std::string prepare_blocks(models::Decoder& decoder, const TrainConfig& config) {
   const std::string reason = models::use_fused_blocks(decoder);
   if (!reason.empty()) {

@@ -20,6 +20,9 @@ struct MemoryEstimate {  // bytes
 /// Of a decoder that is ready to train (use_fused_blocks() called) at micro-batches of so many tokens.
 MemoryEstimate estimate_memory(models::Decoder& decoder, std::uint64_t optimizer_bytes, std::int64_t batch_tokens);
 
+/// Of a decoder that only reads, in passes of so many tokens without gradients.
+MemoryEstimate estimate_reading_memory(models::Decoder& decoder, std::int64_t batch_tokens);
+
 /// "store", "mlp" or "block".
 const char* name_of(models::Keep keep);
 
