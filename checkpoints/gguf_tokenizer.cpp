@@ -285,7 +285,7 @@ Json post_processor(const Vocabulary& v) {
 }
 
 /// Control tokens, and those named as BOS and so on, are found whole in a text and skipped by decode; user-defined ones are
-/// found whole. In a byte-level vocabulary a control token with a letter outside the byte alphabet is one that llama.cpp's
+/// found whole, runs of spaces (Gemma) once they are blanks, as longest first is another cut than merges make. In a byte-level vocabulary a control token with a letter outside the byte alphabet is one that llama.cpp's
 /// converter marked by mistake (transformers' add_gguf_special_tokens).
 Json added_tokens(const Vocabulary& v, const std::vector<std::string>& spelled) {
   Json out = Json::array();
@@ -294,10 +294,11 @@ Json added_tokens(const Vocabulary& v, const std::vector<std::string>& spelled) 
     const auto number = static_cast<std::int64_t>(id);
     const bool named = v.bos == number || v.eos == number || v.unknown == number || v.pad == number;
     const bool control = v.type(id) == kControl && (!in_bytes || is_spelled_in_bytes(v.tokens[id]));
-    const bool user = v.type(id) == kUserDefined && spelled[id] == v.tokens[id];
+    const bool user = v.type(id) == kUserDefined && (!in_bytes || spelled[id] == v.tokens[id]);
     if (!named && !control && !user) continue;
-    out.push_back({{"id", id}, {"content", v.tokens[id]}, {"single_word", false}, {"lstrip", false}, {"rstrip", false},
-                   {"normalized", false}, {"special", named || control}});
+    const bool blanks = user && spelled[id] != v.tokens[id];
+    out.push_back({{"id", id}, {"content", blanks ? spelled[id] : v.tokens[id]}, {"single_word", false}, {"lstrip", false}, {"rstrip", false},
+                   {"normalized", blanks}, {"special", named || control}});
   }
   return out;
 }

@@ -27,7 +27,7 @@ constexpr std::uint64_t kLongestTemplate = 4 << 20;
 
 Json json_of(const fs::path& folder, const std::string& name) {
   const fs::path file = file_of_folder(folder, name);
-  return file.empty() ? Json() : read_json_file(file, 512ull << 20);
+  return file.empty() ? Json() : read_json_file(file, 512ull << 20, kVocabularyJson);
 }
 
 std::string replaced(std::string text, const std::string& from, const std::string& to) {

@@ -11,13 +11,11 @@ namespace alambic {
 namespace {
 
 constexpr std::size_t kDeepestNesting = 200;
-// What is written in three bytes ("[],") is held in fifty; so a document may take this much and twice its text.
-constexpr std::size_t kFreeBytes = 64 << 20;
 
 // Builds the document and refuses what nlohmann's own DOM parser lets pass: a key given twice, and bottomless nesting.
 class StrictHandler : public nlohmann::json_sax<Json> {
  public:
-  StrictHandler(std::string_view source, std::size_t text_bytes) : source_(source), most_bytes_(kFreeBytes + 2 * text_bytes) {}
+  StrictHandler(std::string_view source, std::size_t most_bytes) : source_(source), most_bytes_(most_bytes) {}
   Json take() { return std::move(root_); }
 
   bool null() override { return add(Json(nullptr)); }
@@ -122,14 +120,14 @@ bool holds(const Json& value) {
 
 }  // namespace
 
-Json parse_json(std::string_view text, std::string_view source) {
-  StrictHandler handler(source, text.size());
+Json parse_json(std::string_view text, std::string_view source, std::size_t most_held) {
+  StrictHandler handler(source, most_held + 2 * text.size());
   Json::sax_parse(text, &handler);  // false only where the handler has thrown already
   return handler.take();
 }
 
-Json read_json_file(const std::filesystem::path& path, std::uint64_t max_bytes) {
-  return parse_json(read_file(path, max_bytes), path.string());
+Json read_json_file(const std::filesystem::path& path, std::uint64_t max_bytes, std::size_t most_held) {
+  return parse_json(read_file(path, max_bytes), path.string(), most_held);
 }
 
 std::string to_line(const Json& value) { return value.dump(-1, ' ', false, Json::error_handler_t::replace); }

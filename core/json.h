@@ -14,11 +14,16 @@ namespace alambic {
 
 using Json = nlohmann::ordered_json;
 
+/// What a document may take in memory besides twice its text: what is written in three bytes ("[],") is held in fifty.
+inline constexpr std::size_t kUsualJson = 64 << 20;
+/// Of a vocabulary: a quarter of a million tokens and half a million merges (Gemma) are some 400 MB.
+inline constexpr std::size_t kVocabularyJson = 1 << 30;
+
 /// Throws Error(kData) "<source>: ..." with the byte offset. source names the file (and line) in messages.
-Json parse_json(std::string_view text, std::string_view source);
+Json parse_json(std::string_view text, std::string_view source, std::size_t most_held = kUsualJson);
 
 /// Reads and parses a whole file; Error(kData) if it is missing, larger than max_bytes, or not JSON.
-Json read_json_file(const std::filesystem::path& path, std::uint64_t max_bytes = 64ull << 20);
+Json read_json_file(const std::filesystem::path& path, std::uint64_t max_bytes = 64ull << 20, std::size_t most_held = kUsualJson);
 
 /// One line, keys in their order, non-ASCII kept; invalid UTF-8 cannot occur in parsed values and is replaced otherwise.
 std::string to_line(const Json& value);

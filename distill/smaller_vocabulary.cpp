@@ -153,7 +153,7 @@ SmallerVocabulary::SmallerVocabulary(const fs::path& folder, std::int64_t rows, 
     : folder_(folder), old_rows_(rows), old_tokenizer_(std::make_unique<data::Tokenizer>(data::Tokenizer::from_file(folder))) {
   const data::Tokenizer& old = *old_tokenizer_;
   const std::string source = (folder / "tokenizer.json").string();
-  Json json = parse_json(old.json(), source);
+  Json json = parse_json(old.json(), source, kVocabularyJson);
   Json& model = json["model"];
   const std::string type = value_or<std::string>(model, "type", model.contains("merges") ? "BPE" : "", source);
   if (type != "BPE" && type != "Unigram") fail(ErrorKind::kUsage, source, ": a tokenizer of type ", type, " cannot be made smaller; BPE and Unigram can", Remedy{"leave vocabulary.stores out"});
@@ -361,7 +361,7 @@ void SmallerVocabulary::write(const fs::path& folder) const {
 }
 
 bool SmallerVocabulary::write_store(const data::TokenStore& from, const fs::path& to) const {
-  const Json json = parse_json(tokenizer_->json(), "the smaller tokenizer.json");
+  const Json json = parse_json(tokenizer_->json(), "the smaller tokenizer.json", kVocabularyJson);
   std::unique_ptr<Bpe> bpe;
   if (json["model"].contains("merges")) bpe = std::make_unique<Bpe>(json["model"], "the smaller tokenizer.json");
   std::unordered_map<std::uint32_t, std::vector<std::int64_t>> spelt;

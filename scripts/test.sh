@@ -8,7 +8,8 @@ if [ "${1:-}" = --oracle ]; then
   shift
   scripts/setup.sh --oracle
   . scripts/fetch.sh
-  fetch_smollm2 # its real weights, tokenizer and template are compared as well
+  fetch_smollm2 # real weights, tokenizers and templates are compared as well
+  fetch_gemma3
   choice=()
 else
   scripts/setup.sh

@@ -14,34 +14,12 @@ from gguf import GGUFReader
 
 import llamacpp
 import oracle
+from gguf_export_checks import assert_same_tensors, export, fields_of, logits_of
 from varied_texts import varied_texts
 
 SEED = 20261124
 TYPES = {"f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2, "q4_1": 3, "q5_0": 8, "q5_1": 9, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17, "q6_k": 18}
 TEXT = "Distillation lets a small model learn from a large one. The teacher's probabilities say more than the text alone.\n" * 40
-
-
-def export(alambic, folder, gguf, kind="f32", *more):
-    gguf.with_suffix(".md").unlink(missing_ok=True)  # the card of an earlier one
-    return oracle.run_json(alambic, "export", folder, gguf, "--type", kind, *more)
-
-
-def fields_of(path):
-    return {name: field.contents() for name, field in GGUFReader(path).fields.items() if not name.startswith("GGUF.")}
-
-
-def tensors_of(path):
-    return {t.name: (t.tensor_type.name, [int(n) for n in t.shape], t.data.tobytes()) for t in GGUFReader(path).tensors}
-
-
-def assert_same_tensors(actual, expected, what, but=frozenset()):
-    a, e = ({name: tensor for name, tensor in tensors_of(path).items() if name not in but} for path in (actual, expected))
-    assert a.keys() == e.keys(), f"{what}: other tensors: {sorted(a.keys() ^ e.keys())[:10]}"
-    for name in e:
-        assert a[name][:2] == e[name][:2], f"{what}: {name} is {a[name][:2]}, llama.cpp makes {e[name][:2]}"
-        if a[name][2] != e[name][2]:
-            ours, theirs = np.frombuffer(a[name][2], np.uint8), np.frombuffer(e[name][2], np.uint8)
-            raise AssertionError(f"{what}: {name} ({e[name][0]}): {int((ours != theirs).sum())} of {len(theirs)} bytes differ, the first at {int(np.argmax(ours != theirs))}")
 
 
 def importance_of(path):
@@ -90,11 +68,6 @@ def tiny_models():
     yield "phi3", t.Phi3ForCausalLM(t.Phi3Config(**{**shared, "pad_token_id": 261}, original_max_position_embeddings=512, tie_word_embeddings=False))
     yield "phi3", t.Phi3ForCausalLM(t.Phi3Config(**{**shared, "max_position_embeddings": 1024, "pad_token_id": 261}, original_max_position_embeddings=256,
                                                  tie_word_embeddings=True, rope_parameters=longrope))
-
-
-def logits_of(model, ids):
-    with torch.no_grad():
-        return model(torch.tensor([ids])).logits[0]
 
 
 # Keys where we say more than the converter, or know better: docs/gguf.md.

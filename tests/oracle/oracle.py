@@ -25,6 +25,13 @@ def smollm2():
     return path
 
 
+def gemma3():
+    """Gemma 3 270M as GGUF (SentencePiece): fetched, never committed."""
+    path = pathlib.Path(__file__).resolve().parents[2] / ".deps/gemma3/gemma-3-270m-q4_k_m.gguf"
+    assert path.exists(), f"{path} is missing: scripts/test.sh --oracle fetches it"
+    return path
+
+
 def versions(*packages):
     return ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
 
