@@ -70,3 +70,8 @@ class LlamaCpp:
             packed = b"".join(struct.pack("<I", len(n)) + n.encode() + struct.pack("<I", len(v)) + np.ascontiguousarray(v, dtype=np.float32).tobytes() for n, v in importance.items())
             more = [self.file(packed)]
         self.run("quantize", model, out, file_type, *more)
+
+    def speed(self, model, prompt=128, made=64):
+        """Tokens/s of reading a prompt and of making tokens one by one; the best of three."""
+        done = subprocess.run([str(self.program), "speed", str(model), str(prompt), str(made)], capture_output=True, text=True, check=True)
+        return tuple(float(word) for word in done.stdout.split())
