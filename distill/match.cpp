@@ -2,15 +2,16 @@
 #include "distill/match.h"
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/arange.h>
-#include <ATen/ops/bmm.h>
 #include <ATen/ops/diagonal.h>
 #include <ATen/ops/eye.h>
 #include <ATen/ops/linalg_qr.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/log_softmax.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/nonzero.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/scalar_tensor.h>
@@ -33,7 +34,7 @@
 namespace alambic::distill {
 namespace {
 
-constexpr std::int64_t kScoresAtOnce = 1 << 21;  // of all heads; some six tensors of this size exist at a time
+constexpr std::int64_t kScoresAtOnce = 1 << 16;  // of a thread; some six tensors of this size exist at a time
 constexpr std::int64_t kLeastRows = 64;           // that a block of rows spans under a narrow window, where the budget allows
 constexpr double kTiny = 1e-12;                  // under a norm: a stream of zeros has no direction
 
@@ -131,42 +132,50 @@ at::Tensor relation_divergence_sum(const Relation& student, const Relation& teac
   const std::int64_t H = student.left_THS.size(1);
   if (teacher.left_THS.size(1) != H || teacher.left_THS.size(0) != student.left_THS.size(0)) fail(ErrorKind::kBug, "relations of ", student.left_THS.sizes(), " and ", teacher.left_THS.sizes());
   const bool differentiable = at::GradMode::is_enabled() && (student.left_THS.requires_grad() || student.right_THS.requires_grad());
-  double sum = 0;
+  const at::Tensor left_HTS = by_head(student.left_THS), right_HTS = by_head(student.right_THS), teacher_left_HTS = by_head(teacher.left_THS), teacher_right_HTS = by_head(teacher.right_THS);
   at::Tensor d_left_HTS, d_right_HTS;
-  {
-    const at::NoGradGuard by_hand;
-    const at::Tensor left_HTS = by_head(student.left_THS), right_HTS = by_head(student.right_THS), teacher_left_HTS = by_head(teacher.left_THS), teacher_right_HTS = by_head(teacher.right_THS);
-    if (differentiable) d_left_HTS = at::zeros(left_HTS.sizes(), left_HTS.options()), d_right_HTS = at::zeros(right_HTS.sizes(), right_HTS.options());
-    const at::Tensor index = index_K.contiguous(), weights = weights_K.to(left_HTS.scalar_type());
-    const std::int64_t *const rows = index.const_data_ptr<std::int64_t>(), num_rows = index.numel();
-    std::int64_t first = 0, k = 0;  // of the document, and of its first kept row
+  if (differentiable) d_left_HTS = at::zeros(left_HTS.sizes(), left_HTS.options()), d_right_HTS = at::zeros(right_HTS.sizes(), right_HTS.options());
+  const at::Tensor index = index_K.contiguous(), weights = weights_K.to(left_HTS.scalar_type());
+  const std::int64_t *const rows = index.const_data_ptr<std::int64_t>(), num_rows = index.numel();
+
+  const auto of_head = [&](std::int64_t h) {
+    const at::Tensor left_TS = left_HTS[h], right_TS = right_HTS[h], teacher_left_TS = teacher_left_HTS[h], teacher_right_TS = teacher_right_HTS[h];
+    double sum = 0;
+    std::int64_t first = 0, k = 0;  // of the document, and of its kept rows that are still to do
     for (const std::int64_t length : document_lengths) {
       while (k < num_rows && rows[k] < first + length) {
         const std::int64_t begin = window > 0 ? std::max(first, rows[k] - window + 1) : first, furthest = window > 0 ? rows[k] + std::max(window, kLeastRows) : first + length;
         std::int64_t count = 1;
-        while (k + count < num_rows && rows[k + count] < std::min(first + length, furthest) && H * (count + 1) * (rows[k + count] + 1 - begin) <= kScoresAtOnce) ++count;
+        while (k + count < num_rows && rows[k + count] < std::min(first + length, furthest) && (count + 1) * (rows[k + count] + 1 - begin) <= kScoresAtOnce) ++count;
         const std::int64_t end = rows[k + count - 1] + 1;
         const at::Tensor index_R = index.narrow(0, k, count), row_R1 = index_R.unsqueeze(1), key_J = at::arange(begin, end, index.options());
         at::Tensor hidden_RJ = key_J > row_R1;
         if (window > 0) hidden_RJ.logical_or_(key_J <= row_R1 - window);
-        const auto log_softmax_of = [&](const at::Tensor& l_HTS, const at::Tensor& r_HTS, double scale) {
-          const at::Tensor scores_HRJ = at::bmm(l_HTS.index_select(1, index_R), r_HTS.narrow(1, begin, end - begin).transpose(1, 2)).mul_(scale);
-          return at::log_softmax(scores_HRJ.masked_fill_(hidden_RJ, -std::numeric_limits<double>::infinity()), 2);
+        const auto log_softmax_of = [&](const at::Tensor& l_TS, const at::Tensor& r_TS, double scale) {
+          const at::Tensor scores_RJ = at::mm(l_TS.index_select(0, index_R), r_TS.narrow(0, begin, end - begin).t()).mul_(scale);
+          return at::log_softmax(scores_RJ.masked_fill_(hidden_RJ, -std::numeric_limits<double>::infinity()), 1);
         };
-        const at::Tensor log_q_HRJ = log_softmax_of(left_HTS, right_HTS, student.scale), log_p_HRJ = log_softmax_of(teacher_left_HTS, teacher_right_HTS, teacher.scale), p_HRJ = log_p_HRJ.exp();
+        const at::Tensor log_q_RJ = log_softmax_of(left_TS, right_TS, student.scale), log_p_RJ = log_softmax_of(teacher_left_TS, teacher_right_TS, teacher.scale), p_RJ = log_p_RJ.exp();
         const at::Tensor weight_R = weights.narrow(0, k, count) / static_cast<double>(H);
-        const at::Tensor kl_R = (log_p_HRJ - log_q_HRJ).masked_fill_(hidden_RJ, 0).mul_(p_HRJ).sum(at::IntArrayRef{0, 2}, false, at::kDouble);
+        const at::Tensor kl_R = (log_p_RJ - log_q_RJ).masked_fill_(hidden_RJ, 0).mul_(p_RJ).sum(at::IntArrayRef{1}, false, at::kDouble);
         sum += (kl_R * weight_R).sum().item<double>();
         if (differentiable) {
-          const at::Tensor d_HRJ = log_q_HRJ.exp().sub_(p_HRJ).mul_(weight_R.unsqueeze(1) * student.scale);
-          d_left_HTS.index_copy_(1, index_R, at::bmm(d_HRJ, right_HTS.narrow(1, begin, end - begin)));
-          d_right_HTS.narrow(1, begin, end - begin).add_(at::bmm(d_HRJ.transpose(1, 2), left_HTS.index_select(1, index_R)));
+          const at::Tensor d_RJ = log_q_RJ.exp().sub_(p_RJ).mul_(weight_R.unsqueeze(1) * student.scale);
+          d_left_HTS[h].index_copy_(0, index_R, at::mm(d_RJ, right_TS.narrow(0, begin, end - begin)));
+          d_right_HTS[h].narrow(0, begin, end - begin).add_(at::mm(d_RJ.t(), left_TS.index_select(0, index_R)));
         }
         k += count;
       }
       first += length;
     }
-  }
+    return sum;
+  };
+  std::vector<double> sums(static_cast<std::size_t>(H));
+  at::parallel_for(0, H, 1, [&](std::int64_t begin, std::int64_t end) {  // a head is the work of one thread, so that no operator inside waits for others
+    const at::NoGradGuard by_hand;
+    for (std::int64_t h = begin; h < end; ++h) sums[static_cast<std::size_t>(h)] = of_head(h);
+  });
+  const double sum = std::accumulate(sums.begin(), sums.end(), 0.0);
   const at::Tensor value = at::scalar_tensor(sum, at::kDouble);
   if (!differentiable) return value;
   const auto gradient = [](const at::Tensor& d_HTS, const at::Tensor& like) { return d_HTS.transpose(0, 1).to(like.scalar_type()); };
@@ -311,9 +320,11 @@ std::uint64_t Match::num_bytes(std::int64_t tokens) const {
       const std::int64_t tensors = relation == "qk" ? 2 : 1;
       per_token += 4.0 * static_cast<double>(tensors * (2 * width_of(relation, student_) + width_of(relation, teacher_)));
     }
-  const auto pairs = static_cast<double>(pairs_.size());
-  const double scores = config_.attention > 0 ? 6.0 * 4 * static_cast<double>(kScoresAtOnce) : 0;
-  return bytes + static_cast<std::uint64_t>(static_cast<double>(tokens) * per_token * pairs + scores);
+  // One relation at a time: four tensors of heads and two gradients, f32.
+  std::int64_t widest = 0;
+  if (config_.attention > 0)
+    for (const std::string& relation : config_.relations) widest = std::max({widest, width_of(relation, student_), width_of(relation, teacher_)});
+  return bytes + static_cast<std::uint64_t>(static_cast<double>(tokens) * (per_token * static_cast<double>(pairs_.size()) + 6.0 * 4 * static_cast<double>(widest)));
 }
 
 }  // namespace alambic::distill

@@ -27,6 +27,7 @@
 #include "distill/distill.h"
 #include "models/fused_blocks.h"
 #include "tests/closeness.h"
+#include "tests/models/tiny_model.h"
 #include "tests/support.h"
 #include "tests/train/tiny_run.h"
 #include "train/step.h"
@@ -244,35 +245,48 @@ TEST(Match, DocumentsOfARowAreMatchedAsIfEachWereAlone) {
   }
 }
 
-// The attention's own dropout seed is part of what is matched: the states that are made again are those of the pass.
-TEST(Match, ValuesThatAreMadeAgainHaveTheSameDropout) {
-  const Golden golden("match.safetensors");
-  models::Decoder student = decoder_of(golden, "student");
-  lora::attach(student, {.rank = 4, .alpha = 8, .dropout = 0.5, .targets = {"v_proj", "o_proj"}}, 0);
-  {
-    const at::NoGradGuard no_grad;
-    for (const models::NamedTensor& named : lora::trainable(student)) named.tensor->add_(0.1);
-  }
-  // Documents of one token attend to nothing else: what the heads give is the value.
-  const at::Tensor ids = golden["ids"].flatten().narrow(0, 0, 10).unsqueeze(1);
-  const data::Batch batch = batch_of(ids, at::ones({10, 1}, at::kBool));
-  const MatchConfig config{.attention = 1, .relations = {"vv"}};
-  for (const std::uint64_t seed : {0, 9}) {
-    States states;
-    states[1];
-    const models::Observer fill = filling(states, config, student, batch, seed, at::arange(10));
-    at::Tensor heads_TQ;
-    const models::Observer observer = [&](models::Place place, std::size_t layer, const at::Tensor& x) {
-      fill(place, layer, x);
-      if (place == models::Place::kHeads && layer == 1) heads_TQ = x;
-    };
-    models::Input input = train::input_of(batch, seed);
-    input.observer = &observer;
-    student.hidden_TD(input);
-    const at::Tensor expected_TQ = states[1].content_v_TX.unflatten(1, {2, 6}).repeat_interleave(2, 1).flatten(1);
-    EXPECT_TRUE(is_close(heads_TQ, expected_TQ, {.absolute = 1e-6}));
-    EXPECT_EQ(states.size(), 1u);
-    EXPECT_FALSE(states[1].hidden_KD.defined());  // nobody asked for it
+// What is made again of queries, keys and values, in every family and under dropout, gives the very attention of the pass.
+TEST(Match, StatesAreWhatTheAttentionIsMadeOf) {
+  for (const std::string& family : testing::family_goldens()) {
+    const Golden golden("families/" + family + ".safetensors");
+    models::Decoder decoder = testing::decoder_of(golden);
+    lora::attach(decoder, {.rank = 2, .alpha = 4, .dropout = 0.5}, 0);
+    {
+      const at::NoGradGuard no_grad;
+      for (const models::NamedTensor& named : lora::trainable(decoder)) named.tensor->add_(0.05);
+    }
+    models::Input input = testing::input_of(golden);
+    data::Batch batch{.tokens_T = input.tokens_T, .positions_T = input.positions_T, .targets_T = {}, .keep_T = {}, .document_lengths = input.document_lengths, .origins = {}};
+    const models::ModelConfig& model = decoder.config;
+    const MatchConfig config{.attention = 1, .relations = {"qk", "vv"}};
+    for (const std::uint64_t seed : {0, 9}) {
+      SCOPED_TRACE(family + ", seed " + std::to_string(seed));
+      States states;
+      for (std::size_t layer = 0; layer < decoder.blocks.size(); ++layer) states[layer];
+      const models::Observer fill = filling(states, config, decoder, batch, seed, at::arange(2));
+      std::map<std::size_t, at::Tensor> heads_TQ;
+      const models::Observer observer = [&](models::Place place, std::size_t layer, const at::Tensor& x) {
+        fill(place, layer, x);
+        if (place == models::Place::kHeads) heads_TQ[layer] = x.detach();
+      };
+      input.dropout_seed = seed, input.observer = &observer;
+      decoder.hidden_TD(input);
+      for (const auto& [layer, one] : states) {
+        EXPECT_FALSE(one.hidden_KD.defined());  // nobody asked for it
+        const at::Tensor v_THS = one.content_v_TX.unflatten(1, {model.num_kv_heads, -1}).repeat_interleave(model.num_heads / model.num_kv_heads, 1);
+        std::int64_t first = 0;
+        for (const std::int64_t length : batch.document_lengths) {
+          const auto by_head = [&](const at::Tensor& x_THS) { return x_THS.detach().narrow(0, first, length).transpose(0, 1); };
+          const at::Tensor distance = at::arange(length).unsqueeze(1) - at::arange(length);
+          at::Tensor seen = distance >= 0;
+          if (model.layers[layer].window > 0) seen = seen & (distance < model.layers[layer].window);
+          const at::Tensor scores = (at::matmul(by_head(one.q_THS), by_head(one.k_THS).transpose(1, 2)) * model.attention_scale).masked_fill(~seen, -std::numeric_limits<double>::infinity());
+          const at::Tensor expected = at::matmul(at::log_softmax(scores, 2).exp(), by_head(v_THS)).transpose(0, 1).flatten(1);
+          EXPECT_TRUE(is_close_to_scale(heads_TQ.at(layer).narrow(0, first, length), expected, 2e-5)) << "layer " << layer << ", document at " << first;
+          first += length;
+        }
+      }
+    }
   }
 }
 
@@ -394,6 +408,32 @@ TEST(MatchRun, LearnsToBeLikeTheTeacherAndTellsOfIt) {
   const Json step = steps_of(config.train.output).at(0);
   EXPECT_TRUE(step.contains("hidden_loss") && !step.contains("attention_loss"));
   EXPECT_NEAR(number(step, "loss"), 0.5 * number(step, "cross_entropy") + 0.5 * number(step, "divergence") + 0.5 * number(step, "hidden_loss"), 1e-9);
+}
+
+TEST(MatchRun, OwnTextIsMatchedAsTheTextThatItStandsFor) {
+  const ScratchFolder folder;
+  DistillConfig config = tiny_config(folder.path(), "run", wide_teacher(folder), kAcross);
+  config.distill.on_policy.lambda = 1, config.distill.on_policy.max_new_tokens = 6, config.distill.on_policy.prompt_tokens = 2;
+  config.train.limits.max_steps = 3;
+  distill(config, false, never);
+  for (const Json& step : steps_of(config.train.output)) {
+    EXPECT_GT(number(step, "own_tokens"), 0);
+    EXPECT_GT(number(step, "hidden_loss"), 0);
+    EXPECT_NEAR(number(step, "loss"), 0.5 * number(step, "cross_entropy") + 0.5 * number(step, "divergence") + 0.5 * number(step, "hidden_loss") + 2 * number(step, "attention_loss"), 1e-9);
+  }
+}
+
+TEST(MatchRun, TheMemoryPolicyChangesNoBit) {
+  const ScratchFolder folder;
+  std::set<std::string> weights;
+  for (const std::string memory : {"auto", "store"}) {
+    DistillConfig config = tiny_config(folder.path(), memory, wide_teacher(folder), kAcross);
+    config.train.memory = memory;
+    config.train.limits.max_steps = 3;
+    distill(config, false, never);
+    weights.insert(sha256_of_file(config.train.output / "checkpoint-3/state.safetensors"));
+  }
+  EXPECT_EQ(weights.size(), 1u);
 }
 
 TEST(MatchRun, TheBaseThatTeachesItselfBeginsAtZero) {
