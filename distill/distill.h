@@ -9,6 +9,7 @@
 
 #include "core/json.h"
 #include "distill/divergence.h"
+#include "distill/match.h"
 #include "distill/on_policy.h"
 #include "distill/teacher.h"
 #include "distill/teacher_text.h"
@@ -21,6 +22,7 @@ struct SignalConfig {
   std::vector<TeacherConfig> teachers;
   double alpha = 0.5;  // the loss is (1 - alpha) cross-entropy + alpha divergence
   DivergenceConfig divergence;
+  MatchConfig match = {};
   OnPolicyConfig on_policy = {};
   void visit(FieldVisitor& fields);
 };

@@ -65,14 +65,15 @@ Interpreter::Interpreter(const AcrossConfig& config, const std::filesystem::path
   languages_ = languages;
 }
 
-TeacherRows Interpreter::listen(const models::Decoder& teacher, const data::Batch& batch, const at::Tensor& index_K, const at::Tensor& weights_K, double temperature) const {
+TeacherRows Interpreter::listen(const models::Decoder& teacher, const data::Batch& batch, const at::Tensor& index_K, const at::Tensor& weights_K, double temperature,
+                                const models::Observer* observer) const {
   const at::NoGradGuard constant;
   const at::Tensor weights = weights_K.defined() ? weights_K : at::ones({index_K.numel()}, at::kFloat);
-  if (config_.across_tokenizers == "exact") return listen_exactly(teacher, batch, index_K, weights);
+  if (config_.across_tokenizers == "exact") return listen_exactly(teacher, batch, index_K, weights, observer);
   return {.unlike = listen_by_spans(teacher, batch, index_K, weights, temperature)};
 }
 
-TeacherRows Interpreter::listen_exactly(const models::Decoder& teacher, const data::Batch& batch, const at::Tensor& index_K, const at::Tensor& weights_K) const {
+TeacherRows Interpreter::listen_exactly(const models::Decoder& teacher, const data::Batch& batch, const at::Tensor& index_K, const at::Tensor& weights_K, const models::Observer* observer) const {
   data::Batch read = batch;
   read.tokens_T = batch.tokens_T.clone();
   at::Tensor readable_T = at::ones({batch.tokens_T.numel()}, at::kFloat);
@@ -87,7 +88,9 @@ TeacherRows Interpreter::listen_exactly(const models::Decoder& teacher, const da
       *readable = known ? 1 : 0;
     }
   }
-  return {.head = &teacher.head, .hidden_KD = teacher.hidden_TD(train::input_of(read, 0)).index_select(0, index_K), .weights_K = (weights_K * readable_T.index_select(0, index_K)).contiguous(), .map = map_};
+  models::Input input = train::input_of(read, 0);
+  input.observer = observer;
+  return {.head = &teacher.head, .hidden_KD = teacher.hidden_TD(input).index_select(0, index_K), .weights_K = (weights_K * readable_T.index_select(0, index_K)).contiguous(), .map = map_};
 }
 
 std::shared_ptr<const UnlikeSignal> Interpreter::listen_by_spans(const models::Decoder& teacher, const data::Batch& batch, const at::Tensor& index_K, const at::Tensor& weights_K, double temperature) const {

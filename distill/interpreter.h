@@ -34,8 +34,9 @@ class Interpreter {
   Interpreter(const AcrossConfig& config, const std::filesystem::path& student, const models::ModelConfig& student_sizes, const std::filesystem::path& teacher, const models::ModelConfig& teacher_sizes,
               std::vector<std::string>& warnings);
 
-  /// What `teacher` says of the kept rows index_K, of which each has its weight. No gradients.
-  TeacherRows listen(const models::Decoder& teacher, const data::Batch& batch, const at::Tensor& index_K, const at::Tensor& weights_K, double temperature) const;
+  /// What `teacher` says of the kept rows index_K, of which each has its weight. No gradients. observer: of a pass over the student's
+  /// positions, so with `exact` alone; may be null.
+  TeacherRows listen(const models::Decoder& teacher, const data::Batch& batch, const at::Tensor& index_K, const at::Tensor& weights_K, double temperature, const models::Observer* observer = nullptr) const;
 
   const VocabularyMap& map() const { return *map_; }
 
@@ -45,7 +46,7 @@ class Interpreter {
   std::shared_ptr<const Languages> languages_;
   std::shared_ptr<const VocabularyMap> map_;
 
-  TeacherRows listen_exactly(const models::Decoder& teacher, const data::Batch& batch, const at::Tensor& index_K, const at::Tensor& weights_K) const;
+  TeacherRows listen_exactly(const models::Decoder& teacher, const data::Batch& batch, const at::Tensor& index_K, const at::Tensor& weights_K, const models::Observer* observer) const;
   std::shared_ptr<const UnlikeSignal> listen_by_spans(const models::Decoder& teacher, const data::Batch& batch, const at::Tensor& index_K, const at::Tensor& weights_K, double temperature) const;
 };
 

@@ -155,7 +155,7 @@ void Teacher::open_cache(const DivergenceConfig& divergence, train::Inputs& inpu
 
 void Teacher::open_model(train::Inputs& inputs) {
   const TeacherConfig& config = config_;
-  const models::ModelConfig sizes = models::read_model_config(config.model);
+  const models::ModelConfig& sizes = sizes_ = models::read_model_config(config.model);
   sha256_ = checkpoints::base_hash(config.model);
   same_base_ = sha256_ == inputs.base_hash;
   if (config.across.across_tokenizers == "none") shared_vocabulary_ = distill::shared_vocabulary(student_.model, inputs.model, config.model, sizes, inputs.warnings);
@@ -207,15 +207,17 @@ void Teacher::make_ready() {
   is_ready_ = true;
 }
 
-TeacherRows Teacher::rows(const data::Batch& batch, const at::Tensor& index_K, const at::Tensor& weights_K) {
+TeacherRows Teacher::rows(const data::Batch& batch, const at::Tensor& index_K, const at::Tensor& weights_K, const models::Observer* observer) {
   if (cache_) {
     signal_ = cache_->signal(batch);
     return {.signal = &signal_, .sampled = cache_->header().form.kind != SignalKind::kTopK, .weights_K = weights_K};
   }
   if (!is_ready_) make_ready();
-  if (interpreter_) return interpreter_->listen(decoder_, batch, index_K, weights_K, temperature_);
+  if (interpreter_) return interpreter_->listen(decoder_, batch, index_K, weights_K, temperature_, observer);
   const at::NoGradGuard constant;
-  return {.head = &decoder_.head, .hidden_KD = decoder_.hidden_TD(train::input_of(batch, 0)).index_select(0, index_K), .weights_K = weights_K};
+  models::Input input = train::input_of(batch, 0);
+  input.observer = observer;
+  return {.head = &decoder_.head, .hidden_KD = decoder_.hidden_TD(input).index_select(0, index_K), .weights_K = weights_K};
 }
 
 bool Teacher::teaches_all() const {

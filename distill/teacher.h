@@ -55,8 +55,8 @@ class Teacher {
   void load(const models::Decoder& student, const models::Decoder& outside);
 
   /// What it says of the rows index_K, the kept ones, of which each counts weights_K (f32). No gradients. Reads this teacher's
-  /// memory; valid until the next call.
-  TeacherRows rows(const data::Batch& batch, const at::Tensor& index_K, const at::Tensor& weights_K);
+  /// memory; valid until the next call. observer: of its pass (not of a cache, nor of one of other tokens but `exact`); may be null.
+  TeacherRows rows(const data::Batch& batch, const at::Tensor& index_K, const at::Tensor& weights_K, const models::Observer* observer = nullptr);
   /// Its weight for each document of a batch; 0: it does not teach that text.
   double weight_of(const data::Origin& origin) const { return serves_.at(origin.store).at(origin.source) ? config_.weight : 0; }
 
@@ -65,11 +65,14 @@ class Teacher {
   std::uint64_t num_bytes() const { return num_bytes_; }  // of its own, after load()
   bool shares_the_base() const { return shares_; }
   const std::string& sha256() const { return sha256_; }
+  const models::ModelConfig& sizes() const { return sizes_; }         // of a model
+  const models::Decoder& decoder() const { return decoder_; }         // of a model, from the first rows() on
 
  private:
   TeacherConfig config_;
   train::TrainConfig student_;
   const models::Decoder* student_decoder_ = nullptr;  // whose base it is
+  models::ModelConfig sizes_;
   models::Decoder decoder_, outside_;
   std::optional<TeacherCache> cache_;
   SparseSignal signal_;                    // of the cache, for the batch last asked for

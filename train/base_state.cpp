@@ -19,6 +19,12 @@ std::string initial_name(const std::string& path, const char* part) { return std
 
 }  // namespace
 
+bool is_beside_model(std::string_view name) {
+  if (name.starts_with(kBesideModel)) return true;
+  const std::size_t dot = name.find('.');
+  return dot != name.npos && name.substr(dot + 1).starts_with(kBesideModel);
+}
+
 bool is_base_state(std::string_view name) { return name.starts_with(kInitial) || name.starts_with(kBase); }
 
 NamedTensors base_state(models::Decoder& decoder, const lora::LoraConfig& config) {

@@ -5,6 +5,7 @@
 //   base.<name>                                    f32: the weights that adapters were merged into (lora.restart_every), by published name
 //   initial.<path>.lora_A.weight, .lora_B.weight   what PiSSA and OLoRA took out of the weight of <path> at the start
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -12,6 +13,12 @@
 #include "models/decoder.h"
 
 namespace alambic::train {
+
+/// What a recipe trains beside the model (the projections of distill/match.h) has a name that begins so: it is kept in checkpoints,
+/// and is in no result.
+inline constexpr std::string_view kBesideModel = "beside.";
+/// Of a trained tensor's name, or of its name in a checkpoint ("weights.<name>", "mean.<name>", ...).
+bool is_beside_model(std::string_view name);
 
 using NamedTensors = std::vector<std::pair<std::string, at::Tensor>>;
 

@@ -80,8 +80,8 @@ MemoryEstimate estimate_reading_memory(models::Decoder& decoder, std::int64_t ba
   return estimate;
 }
 
-std::string prepare_blocks(models::Decoder& decoder, const TrainConfig& config) {
-  const std::string reason = models::use_fused_blocks(decoder);
+std::string prepare_blocks(models::Decoder& decoder, const TrainConfig& config, const std::string& not_fused) {
+  const std::string reason = not_fused.empty() ? models::use_fused_blocks(decoder) : not_fused;
   if (!reason.empty()) {
     if (config.memory == "mlp" || config.memory == "block")
       fail(ErrorKind::kUsage, "memory: ", config.memory, " needs the fused blocks, which cannot be used: ", reason, Remedy{"use memory: auto"});

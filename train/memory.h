@@ -30,7 +30,7 @@ const char* name_of(models::Keep keep);
 std::uint64_t available_memory();
 
 /// Takes the fused path where it can be taken, sets what is kept as config.memory says, and logs both. Returns why the fused path
-/// is not taken, "" where it is.
-std::string prepare_blocks(models::Decoder& decoder, const TrainConfig& config);
+/// is not taken, "" where it is. not_fused: a reason that is known already, "" where there is none.
+std::string prepare_blocks(models::Decoder& decoder, const TrainConfig& config, const std::string& not_fused = "");
 
 }  // namespace alambic::train

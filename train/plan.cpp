@@ -65,7 +65,7 @@ Json plan(const TrainConfig& given, bool probe, const Recipe& recipe) {
   models::Decoder decoder = checkpoints::load_decoder(config.model, compute_type_of(config), quantization_of(config));
   if (recipe.see_base) recipe.see_base(decoder);
   make_trainable(decoder, config);
-  const std::string not_fused = prepare_blocks(decoder, config);
+  const std::string not_fused = prepare_blocks(decoder, config, recipe.not_fused);
   std::vector<models::NamedTensor> trained_tensors = lora::trainable(decoder);
   const LossSum loss_sum = recipe.loss(decoder, inputs, trained_tensors);
   const std::unique_ptr<Optimizer> optimizer = make_optimizer(trained_tensors, config.optimizer);
@@ -79,7 +79,7 @@ Json plan(const TrainConfig& given, bool probe, const Recipe& recipe) {
   Json warnings = inputs.warnings;
   if (!note.empty()) warnings.push_back(note);
 
-  const auto parameters = static_cast<std::uint64_t>(inputs.model.num_parameters()), trained = static_cast<std::uint64_t>(optimizer->num_parameters());
+  const auto parameters = static_cast<std::uint64_t>(inputs.model.num_parameters()), trained = static_cast<std::uint64_t>(optimizer->num_parameters() - parameters_beside(*optimizer));
   const MemoryEstimate memory = estimate_memory(decoder, static_cast<std::uint64_t>(optimizer->state_bytes()), config.data.row_length * config.data.rows_per_batch);
   const std::uint64_t besides = recipe.memory ? recipe.memory() : 0, total = memory.total() + besides, available = available_memory();
   if (available > 0 && total > available)

@@ -42,7 +42,7 @@ TrainReport run_recipe(const TrainConfig& given, bool resume, const std::functio
   models::Decoder decoder = checkpoints::load_decoder(config.model, compute_type_of(config), quantization_of(config));
   if (recipe.see_base) recipe.see_base(decoder);
   make_trainable(decoder, config);
-  prepare_blocks(decoder, config);
+  prepare_blocks(decoder, config, recipe.not_fused);
   std::vector<models::NamedTensor> trained = lora::trainable(decoder);
   const LossSum loss_sum = recipe.loss(decoder, inputs, trained);
   const std::unique_ptr<Optimizer> optimizer = make_optimizer(trained, config.optimizer);
@@ -72,7 +72,8 @@ TrainReport run_recipe(const TrainConfig& given, bool resume, const std::functio
   };
   const std::optional<Progress> resumed = restore(config, inputs, parts);
   if (!resumed && config.method == "lora") lora::initialise(decoder, config.lora, config.seed);
-  log_info("training ", optimizer->num_parameters(), " of ", inputs.model.num_parameters(), " parameters for ", parts.total_steps, " steps, ",
+  const std::int64_t beside = parameters_beside(*optimizer);
+  log_info("training ", optimizer->num_parameters() - beside, " of ", inputs.model.num_parameters(), " parameters", beside > 0 ? " and " + std::to_string(beside) + " beside them" : "", " for ", parts.total_steps, " steps, ",
            toString(compute_type_of(config)), config.quantize_base == "none" ? "" : " on a base in " + lora::name_of(quantization_of(config)), ", into ", config.output.string());
   const Progress progress = run(config, parts, resumed);
   return finish(config, inputs, progress);

@@ -47,7 +47,7 @@ void write_full_weights(const TrainConfig& config, const models::ModelConfig& ba
   std::vector<std::pair<std::string, std::vector<std::int64_t>>> names;
   std::vector<at::Tensor> tensors;
   for (const auto& [name, tensor] : state.tensors)
-    if (name.starts_with(kWeights)) names.emplace_back(name.substr(kWeights.size()), tensor.sizes().vec()), tensors.push_back(tensor);
+    if (name.starts_with(kWeights) && !is_beside_model(name)) names.emplace_back(name.substr(kWeights.size()), tensor.sizes().vec()), tensors.push_back(tensor);
   checkpoints::write_weights(folder, names, at::kFloat, [&](std::size_t i) { return tensors[i]; });
   checkpoints::copy_companions(config.model, folder);
   checkpoints::describe_weights(folder, at::kFloat, base.tied_head && names.size() == models::expected_shapes(base).size());
@@ -64,7 +64,8 @@ std::pair<NamedTensors, NamedTensors> parted(const checkpoints::RunState& state)
 void write_restarted_weights(const TrainConfig& config, const checkpoints::RunState& state, const std::filesystem::path& folder) {
   models::Decoder decoder = checkpoints::load_decoder(config.model, at::kFloat);
   make_trainable(decoder, config);
-  const auto [trained, base] = parted(state);
+  auto [trained, base] = parted(state);
+  std::erase_if(trained, [](const auto& named) { return is_beside_model(named.first); });
   restore_base(decoder, config.lora, base);
   make_optimizer(lora::trainable(decoder), config.optimizer)->restore(trained, 0);
   std::vector<std::pair<std::string, std::vector<std::int64_t>>> names;
@@ -135,6 +136,13 @@ void use_threads(const TrainConfig& config) {
 void make_trainable(models::Decoder& decoder, const TrainConfig& config) {
   if (config.method == "lora") lora::attach_empty(decoder, config.lora);
   else lora::train_everything(decoder);
+}
+
+std::int64_t parameters_beside(const Optimizer& optimizer) {
+  std::int64_t count = 0;
+  for (const Trained& one : optimizer.trained())
+    if (is_beside_model(one.name)) count += one.tensor.numel();
+  return count;
 }
 
 std::uint64_t checkpoint_bytes(const TrainConfig& config, const Optimizer& optimizer, std::int64_t num_parameters) {

@@ -31,6 +31,9 @@ void use_threads(const TrainConfig& config);
 /// Attaches the adapter, still empty (its first values are lora::initialise's or a checkpoint's), or makes every weight train.
 void make_trainable(models::Decoder& decoder, const TrainConfig& config);
 
+/// Parameters that train and are none of the model's (kBesideModel).
+std::int64_t parameters_beside(const Optimizer& optimizer);
+
 /// Bytes of one checkpoint of a model of num_parameters, at most.
 std::uint64_t checkpoint_bytes(const TrainConfig& config, const Optimizer& optimizer, std::int64_t num_parameters);
 /// Error(kResource) when the checkpoints that are kept at once will not fit on the disk.

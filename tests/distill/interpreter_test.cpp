@@ -124,6 +124,19 @@ TEST(AcrossTokenizers, ExactMappingUndoesAPermutation) {
   const std::vector<double> exact = divergences(setting.config("exact", "exact"));
   EXPECT_NEAR(exact[0], 0, 1e-9);
   EXPECT_GT(exact[2], 1e-5);  // the text moves the student
+
+  // Its rows are those of the student's tokens, so that its inside can be matched too.
+  DistillConfig matching = setting.config("matching", "exact");
+  matching.distill.match = {.hidden = 1, .attention = 1, .relations = {"qk", "vv"}};
+  distill(matching, false, never);
+  std::ifstream lines(matching.train.output / "metrics.jsonl");
+  std::vector<Json> steps;
+  for (std::string line; std::getline(lines, line);)
+    if (const Json json = parse_json(line, "metrics"); json["kind"] == "train") steps.push_back(json);
+  for (const char* figure : {"hidden_loss", "attention_loss"}) {
+    EXPECT_NEAR(steps.at(0)[figure].get<double>(), 0, 1e-9) << figure;
+    EXPECT_GT(steps.at(2)[figure].get<double>(), 1e-9) << figure;
+  }
 }
 
 TEST(AcrossTokenizers, ExactMappingPassesPaddingAndTokensOfOneSide) {
