@@ -9,6 +9,7 @@
 namespace alambic::cli {
 
 int print_run_report(const train::TrainReport& report, const Arguments& arguments, const Terminal& terminal) {
+  if (report.rank != 0) return 0;  // rank 0 says it
   if (arguments.has("json")) {
     print_json(terminal, report.json);
     return 0;

@@ -22,8 +22,7 @@ struct Recipe {
   std::function<void(const models::Decoder&)> see_base = {};
   /// The loss of the decoder, which is ready to train and stays where it is; further tensors to train may be added to the list.
   std::function<LossSum(models::Decoder&, const Inputs&, std::vector<models::NamedTensor>& trained)> loss;
-  /// LoopParts::figures.
-  std::function<Json(std::int64_t kept_tokens)> figures = {};
+  Figures figures = {};  // LoopParts::figures
   /// Bytes that the recipe takes besides the decoder and its training; asked after `loss`.
   std::function<std::uint64_t()> memory = {};
 };
