@@ -99,7 +99,7 @@ LaunchEnvironment launch_environment(const std::function<std::optional<std::stri
   if (variables.has("ALAMBIC_RANK") || variables.has("ALAMBIC_SIZE")) {
     environment.launcher = "alambic launch";
     read_place(variables, "ALAMBIC_RANK", "ALAMBIC_SIZE", environment);
-    environment.local_rank = environment.rank;
+    environment.local_rank = environment.rank, environment.local_size = environment.size;
     environment.host = "127.0.0.1";
     environment.port = static_cast<std::uint16_t>(variables.needed("ALAMBIC_PORT", "ALAMBIC_RANK", 1, 65535));
     environment.store_socket = static_cast<int>(variables.whole("ALAMBIC_STORE_SOCKET", 3, std::numeric_limits<int>::max()).value_or(-1));
@@ -108,6 +108,7 @@ LaunchEnvironment launch_environment(const std::function<std::optional<std::stri
     environment.launcher = "torchrun";
     read_place(variables, "RANK", "WORLD_SIZE", environment);
     environment.local_rank = static_cast<int>(variables.needed("LOCAL_RANK", "RANK", 0, kMostRanks));
+    environment.local_size = static_cast<int>(variables.whole("LOCAL_WORLD_SIZE", 1, kMostRanks).value_or(1));
     environment.host = variables.needed_text("MASTER_ADDR", "RANK");
     environment.port = static_cast<std::uint16_t>(variables.needed("MASTER_PORT", "RANK", 1, 65535));
     environment.agent_has_store = variables.text("TORCHELASTIC_USE_AGENT_STORE") == "True";
@@ -117,8 +118,8 @@ LaunchEnvironment launch_environment(const std::function<std::optional<std::stri
     read_place(variables, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", environment);
     environment.local_rank = static_cast<int>(variables.needed("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_RANK", 0, kMostRanks));
     require_no_conflict(variables, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", environment);
-    const bool one_machine = variables.whole("OMPI_COMM_WORLD_LOCAL_SIZE", 1, kMostRanks).value_or(0) == environment.size;
-    if (one_machine) environment.host = "127.0.0.1";
+    environment.local_size = static_cast<int>(variables.whole("OMPI_COMM_WORLD_LOCAL_SIZE", 1, kMostRanks).value_or(1));
+    if (environment.local_size == environment.size) environment.host = "127.0.0.1";
     if (const auto job = variables.whole("OMPI_MCA_ess_base_jobid", 0, std::numeric_limits<std::int64_t>::max())) environment.port = port_from(static_cast<std::uint64_t>(*job) * 2654435761u >> 8);
     read_master(variables, environment);
     if (environment.size > 1 && environment.host.empty())
@@ -136,6 +137,7 @@ LaunchEnvironment launch_environment(const std::function<std::optional<std::stri
     environment.port = port_from(job * 97 + step);
     environment.attempt = variables.text("SLURM_RESTART_COUNT").value_or("0");
     const std::int64_t machines = variables.whole("SLURM_STEP_NUM_NODES", 1, kMostRanks).value_or(0);
+    if (machines > 0) environment.local_size = static_cast<int>((environment.size + machines - 1) / machines);  // evenly, as srun spreads tasks by default
     if (machines == 1) environment.host = "127.0.0.1";
     else if (environment.size > 1) environment.host = first_host(variables.needed_text("SLURM_STEP_NODELIST", "SLURM_PROCID"));
     read_master(variables, environment);
@@ -143,6 +145,7 @@ LaunchEnvironment launch_environment(const std::function<std::optional<std::stri
     environment.launcher = "variables";
     read_place(variables, "RANK", "WORLD_SIZE", environment);
     environment.local_rank = static_cast<int>(variables.whole("LOCAL_RANK", 0, kMostRanks).value_or(0));
+    environment.local_size = static_cast<int>(variables.whole("LOCAL_WORLD_SIZE", 1, kMostRanks).value_or(1));
     if (environment.size > 1) {
       variables.needed_text("MASTER_ADDR", "WORLD_SIZE");
       variables.needed_text("MASTER_PORT", "WORLD_SIZE");

@@ -11,7 +11,7 @@ namespace alambic::parallel {
 struct LaunchEnvironment {
   std::string launcher = "none";  // none, alambic launch, torchrun, mpirun, srun, variables
   int rank = 0, size = 1;
-  int local_rank = 0;              // among the ranks of this machine
+  int local_rank = 0, local_size = 1;  // among the ranks of this machine, as far as the launcher tells; they share its memory
   std::string host;                // where rank 0 is reached; "" for size 1
   std::uint16_t port = 0;          // of the store in which the ranks find each other
   bool agent_has_store = false;    // the launcher serves it (torchrun); else rank 0 does

@@ -8,6 +8,8 @@
 #include <atomic>
 #include <chrono>
 #include <deque>
+#include <stdexcept>
+#include <thread>
 
 #include "core/error.h"
 #include "parallel/connect.h"
@@ -203,13 +205,35 @@ std::unique_ptr<Communicator> connect(const LaunchEnvironment& environment, cons
     if (environment.rank == 0) {
       watch = Watch::hub(environment.size, environment.host);
       meeting->set("watch", std::to_string(watch->port()) + " " + watch->token());
-    }
-    meeting->set(key(environment.rank), "");
-    for (; missing < environment.size; ++missing) meeting->get(key(missing));
-    if (environment.rank != 0) {
+    } else {
       const std::string said = meeting->get("watch");
       watch = Watch::member(environment.rank, environment.host, static_cast<std::uint16_t>(std::stoi(said)), said.substr(said.find(' ') + 1), patience.connect_timeout_seconds);
     }
+    // Rank 0 waits for all and says so; meanwhile the watch tells of a rank that has come and died.
+    meeting->set(key(environment.rank), "");
+    const auto began = std::chrono::steady_clock::now();
+    auto pause = std::chrono::milliseconds(1);
+    const auto wait_for = [&](const std::string& awaited) {
+      while (!meeting->has(awaited)) {
+        if (const auto loss = watch->loss()) {
+          watch->acknowledge();
+          fail(ErrorKind::kPeer, *loss, "; this is rank ", environment.rank, ", at the meeting of the ranks", Remedy{"start all ranks again"});
+        }
+        if (std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count() > patience.connect_timeout_seconds) return false;
+        std::this_thread::sleep_for(pause);
+        pause = std::min(2 * pause, std::chrono::milliseconds(200));
+      }
+      return true;
+    };
+    if (environment.rank == 0) {
+      while (missing < environment.size && wait_for(key(missing))) ++missing;
+      if (missing == environment.size) meeting->set("all", "");
+    } else if (wait_for("all")) {
+      missing = environment.size;
+    } else {
+      while (missing < environment.size && meeting->has(key(missing))) ++missing;
+    }
+    if (missing < environment.size) throw std::runtime_error("not all have come");
     std::unique_ptr<Transport> transport = meeting->gloo();
     auto ranks = std::make_unique<Ranks>(environment, patience.timeout_seconds, std::move(meeting), std::move(transport), std::move(watch));
     ranks->barrier("meeting");

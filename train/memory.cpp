@@ -74,7 +74,7 @@ MemoryEstimate estimate_memory(models::Decoder& decoder, std::uint64_t optimizer
   return estimate;
 }
 
-std::string prepare_blocks(models::Decoder& decoder, const TrainConfig& config) {
+std::string prepare_blocks(models::Decoder& decoder, const TrainConfig& config, int num_sharing) {
   const std::string reason = models::use_fused_blocks(decoder);
   if (!reason.empty()) {
     if (config.memory == "mlp" || config.memory == "block")
@@ -84,7 +84,7 @@ std::string prepare_blocks(models::Decoder& decoder, const TrainConfig& config) 
   }
   std::uint64_t trained = 0;
   for (const models::NamedTensor& tensor : lora::trainable(decoder)) trained += tensor.tensor->nbytes();
-  const std::uint64_t available = available_memory(), optimizer_bytes = 2 * trained;
+  const std::uint64_t available = available_memory() / static_cast<std::uint64_t>(num_sharing), optimizer_bytes = 2 * trained;
   for (const auto& [name, keep] : kPolicies) {
     decoder.keep = keep;
     if (config.memory == name) break;

@@ -106,7 +106,7 @@ std::optional<Progress> share_start(const LoopParts& parts, std::optional<Progre
   return progress;
 }
 
-TrainReport run_ranks(const TrainConfig& config, bool resume, const std::function<bool()>& stop_requested, const Recipe& recipe, parallel::Communicator& ranks) {
+TrainReport run_ranks(const TrainConfig& config, bool resume, const std::function<bool()>& stop_requested, const Recipe& recipe, parallel::Communicator& ranks, int num_sharing) {
   const NotesOfRank0 notes(ranks);
   const bool is_first = ranks.rank() == 0;
   if (config.deterministic) require_tree(ranks.size());
@@ -125,7 +125,7 @@ TrainReport run_ranks(const TrainConfig& config, bool resume, const std::functio
   models::Decoder decoder = checkpoints::load_decoder(config.model, compute_type_of(config), quantization_of(config));
   if (recipe.see_base) recipe.see_base(decoder);
   make_trainable(decoder, config);
-  prepare_blocks(decoder, config);
+  prepare_blocks(decoder, config, num_sharing);
   std::vector<models::NamedTensor> trained = lora::trainable(decoder);
   const LossSum loss_sum = recipe.loss(decoder, inputs, trained);
   const std::unique_ptr<Optimizer> optimizer = make_optimizer(trained, config.optimizer);
@@ -171,9 +171,10 @@ TrainReport run_recipe(const TrainConfig& given, bool resume, const std::functio
   check(given);
   const TrainConfig config = with_token_ids(given);
   use_threads(config);
-  const auto ranks = parallel::connect(parallel::launch_environment(), {.timeout_seconds = config.ranks.timeout, .connect_timeout_seconds = config.ranks.connect_timeout});
+  const parallel::LaunchEnvironment environment = parallel::launch_environment();
+  const auto ranks = parallel::connect(environment, {.timeout_seconds = config.ranks.timeout, .connect_timeout_seconds = config.ranks.connect_timeout});
   try {
-    TrainReport report = run_ranks(config, resume, stop_requested, recipe, *ranks);
+    TrainReport report = run_ranks(config, resume, stop_requested, recipe, *ranks, environment.local_size);
     report.rank = ranks->rank();
     return report;
   } catch (const Error& error) {

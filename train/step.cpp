@@ -5,10 +5,12 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <limits>
-#include <map>
+#include <string>
+#include <utility>
 
 #include "core/error.h"
 #include "core/random.h"
@@ -43,14 +45,14 @@ class FiguresOfAll {
   FiguresOfAll(std::size_t own, parallel::Communicator& ranks) : own_(own), ranks_(ranks) {}
   void note(std::size_t own, const Json& figures) {
     for (const auto& [name, figure] : figures.items()) {
-      auto& [is_count, values] = figures_.try_emplace(name, figure.is_number_integer(), OfAll(own_, ranks_)).first->second;
-      values[own] = figure.is_number() ? figure.get<double>() : std::numeric_limits<double>::quiet_NaN();
+      const auto found = std::find_if(figures_.begin(), figures_.end(), [&](const Figure& each) { return each.name == name; });
+      Figure& noted = found != figures_.end() ? *found : figures_.emplace_back(name, figure.is_number_integer(), OfAll(own_, ranks_));
+      noted.values[own] = figure.is_number() ? figure.get<double>() : std::numeric_limits<double>::quiet_NaN();
     }
   }
   Json sum(double num_tokens) {
     Json all = Json::object();
-    for (auto& [name, figure] : figures_) {
-      auto& [is_count, values] = figure;
+    for (auto& [name, is_count, values] : figures_) {
       values.share("figures");
       const double sum = values.sum();
       if (is_count) all[name] = static_cast<std::int64_t>(sum);
@@ -61,9 +63,15 @@ class FiguresOfAll {
   }
 
  private:
+  struct Figure {
+    std::string name;
+    bool is_count;
+    OfAll values;
+    Figure(std::string given_name, bool counts, OfAll none) : name(std::move(given_name)), is_count(counts), values(std::move(none)) {}
+  };
   std::size_t own_;
   parallel::Communicator& ranks_;
-  std::map<std::string, std::pair<bool, OfAll>> figures_;
+  std::vector<Figure> figures_;  // in the order in which the recipe names them
 };
 
 /// First samples of the micro-batches of all ranks that are marked.

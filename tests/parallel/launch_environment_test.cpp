@@ -85,6 +85,13 @@ TEST(LaunchEnvironment, EachLauncherIsRead) {
     EXPECT_EQ(read.attempt, wanted.attempt);
   }
   EXPECT_EQ(environment_of(kLaunch).store_socket, 4);
+  // Who shares a machine's memory.
+  EXPECT_EQ(environment_of({}).local_size, 1);
+  EXPECT_EQ(environment_of(kLaunch).local_size, 2);
+  EXPECT_EQ(environment_of(with(kTorchrun, {{"LOCAL_WORLD_SIZE", "4"}})).local_size, 4);
+  EXPECT_EQ(environment_of(kMpirun).local_size, 2);
+  EXPECT_EQ(environment_of(with(kSrun, {{"SLURM_STEP_NUM_TASKS", "5"}})).local_size, 3);
+  EXPECT_EQ(environment_of(kPlain).local_size, 1);
   EXPECT_NE(environment_of(kSrun).port, environment_of(with(kSrun, {{"SLURM_STEP_ID", "1"}})).port);  // two steps of one job at once
   EXPECT_NE(environment_of(kPlain).variables.find("MASTER_ADDR=10.0.0.1 MASTER_PORT=5000"), std::string::npos);
 }

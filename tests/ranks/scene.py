@@ -140,9 +140,12 @@ def kill_ranks(scene, run, kills, ranks=2, seed=0, say=lambda text: None):
     hits = 0
     try:
         while hits < kills and process.poll() is None:
-            # From a start that is not even connected to well into its steps: an attempt lives for some tenths of a second.
-            before = scene.steps_done(run)
-            time.sleep(draw.random() ** 2 * 1.2)
+            # From a start that is not even connected to well into its steps.
+            before, past_start = scene.steps_done(run), time.monotonic() + 20
+            if draw.random() < 0.7:
+                while scene.steps_done(run) == before and process.poll() is None and time.monotonic() < past_start:
+                    time.sleep(0.01)
+            time.sleep(draw.random() * 0.4)
             alive = children(process.pid)
             if not alive:
                 continue
