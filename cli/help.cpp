@@ -17,7 +17,7 @@ const std::vector<std::pair<int, std::string>>& exit_code_meanings() {
       {6, "a loss or a gradient stopped being finite"},
       {7, "another rank failed"},
       {70, "a bug of alambic"},
-      {75, "stopped on request (SIGTERM or SIGINT); all is saved, and --resume goes on"},
+      {75, "stopped on request (SIGTERM, SIGINT or SIGUSR1); all is saved, and --resume goes on"},
   };
   return meanings;
 }

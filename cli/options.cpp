@@ -233,8 +233,31 @@ void Arguments::refuse(const std::string& option, const std::string& why) const 
   if (has(option)) fail(ErrorKind::kUsage, verb_, ": --", option, " ", why, see_help(verb_));
 }
 
+namespace {
+
+/// Index of the first word that is neither an option nor an option's value.
+std::size_t first_positional(const Verb& verb, std::span<const std::string> words) {
+  for (std::size_t i = 0; i < words.size(); ++i) {
+    const std::string& word = words[i];
+    if (word == "--") return i + 1;
+    if (!word.starts_with("-") || word == "-") return i;
+    const auto takes_next = [&](const Option& option) {
+      return option.kind != Kind::kSwitch && (word == "--" + option.name || (option.letter && word == std::string("-") + option.letter));
+    };
+    if (std::any_of(verb.options.begin(), verb.options.end(), takes_next)) ++i;
+  }
+  return words.size();
+}
+
+}  // namespace
+
 Arguments parse(const Verb& verb, std::span<const std::string> words) {
   Arguments result;
+  std::span<const std::string> command;
+  if (verb.takes_command) {
+    const std::size_t begin = std::min(first_positional(verb, words), words.size());
+    command = words.subspan(begin), words = words.first(begin);
+  }
   result.verb_ = verb.name;
   for (const Option& option : verb.options) result.defaults_[option.name] = option.otherwise;
 
@@ -266,7 +289,8 @@ Arguments parse(const Verb& verb, std::span<const std::string> words) {
   }
   if (result.has("help")) return result;  // asked for along with anything, complete or not
 
-  if (result.positionals_.size() > verb.positionals.size()) {
+  result.positionals_.insert(result.positionals_.end(), command.begin(), command.end());
+  if (!verb.takes_command && result.positionals_.size() > verb.positionals.size()) {
     const std::string& surplus = result.positionals_[verb.positionals.size()];
     const bool sets_a_key = find_option(verb, "set") && surplus.find('=') != surplus.npos;
     fail(ErrorKind::kUsage, verb.name, ": one argument too many: ", printable(surplus), Remedy{sets_a_key ? "--set " + printable(surplus) + " sets a key of CONFIG" : usage_of(verb)});

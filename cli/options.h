@@ -83,6 +83,7 @@ struct Verb {
   std::vector<Example> examples;
   int (*run)(const Arguments& arguments, const Terminal& terminal) = nullptr;
   std::string (*config_help)() = nullptr;  // of verbs that take a CONFIG: its keys
+  bool takes_command = false;  // from the first positional on, all words are positional: they are another verb's
 };
 
 /// Words behind the verb. `--name value`, `--name=value`, `-n value`, `-nvalue`; switches in one word (-qh); behind `--`

@@ -9,6 +9,7 @@
 namespace alambic::cli {
 
 int print_run_report(const train::TrainReport& report, const Arguments& arguments, const Terminal& terminal) {
+  if (report.rank != 0) return 0;  // rank 0 says it
   if (arguments.has("json")) {
     print_json(terminal, report.json);
     return 0;
@@ -40,7 +41,7 @@ Verb train_verb() {
   return {.name = "train",
           .summary = "a run: an adapter or all weights, learnt from token stores",
           .description = "Trains what CONFIG says into its output folder: checkpoints, metrics.jsonl, TensorBoard files, and at the end the chosen adapter or weights. "
-                         "SIGTERM or SIGINT saves and ends with exit code 75; --resume then goes on, and the result is the one of a run that was never stopped. "
+                         "SIGTERM, SIGINT or SIGUSR1 saves and ends with exit code 75; --resume then goes on, and the result is the one of a run that was never stopped. "
                          "With --json the run's report is printed at the end.",
           .positionals = {{.name = "CONFIG", .help = "a YAML file; its keys are below"}},
           .options = {{.name = "resume", .help = "go on from the newest valid checkpoint; where there is none, begin. A finished run is left alone", .letter = 'r'},

@@ -12,7 +12,7 @@ namespace alambic::cli {
 
 const std::vector<Verb>& verbs() {
   static const std::vector<Verb> all = [] {
-    std::vector<Verb> list = {import_verb(), extend_verb(), prepare_verb(), prune_verb(), plan_verb(), train_verb(), distill_verb(), evaluate_verb(), merge_verb(), export_verb(), generate_verb(),
+    std::vector<Verb> list = {import_verb(), extend_verb(), prepare_verb(), prune_verb(), plan_verb(), train_verb(), distill_verb(), launch_verb(), evaluate_verb(), merge_verb(), export_verb(), generate_verb(),
                               score_verb(), inspect_verb(), doctor_verb(), completion_verb(), man_verb(), help_verb()};
     for (Verb& verb : list) {
       verb.options.push_back({.name = "quiet", .help = "leave out notes and progress on stderr; warnings and errors stay", .letter = 'q'});

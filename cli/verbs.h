@@ -22,6 +22,7 @@ Verb generate_verb();
 Verb help_verb();
 Verb import_verb();
 Verb inspect_verb();
+Verb launch_verb();
 Verb man_verb();
 Verb merge_verb();
 Verb plan_verb();

@@ -1,8 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 // The ranks of one run, and the few things they say to each other.
+#include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/error.h"
+#include "core/json.h"
 
 namespace at {
 class Tensor;
@@ -10,17 +18,59 @@ class Tensor;
 
 namespace alambic::parallel {
 
-/// Every call is collective: all ranks make it, in the same order, with the same shapes and types.
+/// Every call but those marked "alone" is collective: all ranks make it, in the same order, with the same shapes and types. `what` names
+/// it for messages. Error(kPeer) when another rank died, failed, stayed away for longer than the timeout or made another call: it names
+/// that rank, the step and the call.
 class Communicator {
  public:
   virtual ~Communicator() = default;
   virtual int rank() const = 0;  // 0 .. size() - 1
   virtual int size() const = 0;
-  virtual void sum_in_place(std::span<at::Tensor> tensors) = 0;  // same result, bit for bit, on every rank
-  virtual void barrier() = 0;
+
+  /// Adds elementwise over ranks, in the order of tree_sum: the same result, bit for bit, on every rank and in every run. Contiguous
+  /// tensors, f32 or f64.
+  virtual void sum_in_place(std::span<at::Tensor> tensors, std::string_view what) = 0;
+  /// [size, ...]: every rank's tensor.
+  virtual at::Tensor all_gather(const at::Tensor& own, std::string_view what) = 0;
+  /// parts: [size, ...]. Returns the sum over ranks of parts[rank()], in the order of sum_in_place.
+  virtual at::Tensor reduce_scatter(const at::Tensor& parts, std::string_view what) = 0;
+  /// All ranks get what rank `root` has; contiguous tensors of any type.
+  virtual void broadcast_in_place(std::span<at::Tensor> tensors, int root, std::string_view what) = 0;
+  virtual void barrier(std::string_view what) = 0;
+
+  /// Alone: the step that the next calls belong to.
+  virtual void at_step(std::int64_t step) = 0;
+  /// Alone: Error(kPeer) when another rank is known to be lost. Returns at once.
+  virtual void check() = 0;
+  /// Alone: this rank ends with an error of its own; the others are told. The object is good for nothing else afterwards.
+  virtual void tell_failure(std::string_view message) noexcept = 0;
 };
 
 /// One process alone: rank 0 of 1; every call returns at once.
 std::unique_ptr<Communicator> single();
+
+/// Sum of parts[0 .. size) of at least one, elementwise: sum(i, s) = sum(i, 2 s) + sum(i + s, 2 s), where sum(i, s) is of the parts i, i + s,
+/// i + 2 s, ... The parts i, i + n, ... of a power of two n are thus a subtree, and any n ranks that share them so come to the same bits.
+at::Tensor tree_sum(std::span<const at::Tensor> parts);
+/// The same walk over anything: leaf(i) makes part i, join(a, b) adds. Parts are made in the order of the walk, so that log2(size)
+/// of them are held at once. `size` is above 0.
+template <class Value, class Leaf, class Join>
+Value tree_walk(std::int64_t first, std::int64_t stride, std::int64_t size, const Leaf& leaf, const Join& join) {
+  if (first + stride >= size) return leaf(first);
+  Value even = tree_walk<Value>(first, 2 * stride, size, leaf, join);
+  return join(std::move(even), tree_walk<Value>(first + stride, 2 * stride, size, leaf, join));
+}
+
+std::vector<std::string> gather_text(Communicator& ranks, const std::string& own, std::string_view what);
+std::string broadcast_text(Communicator& ranks, const std::string& text, int root, std::string_view what);
+/// Whether any rank says so.
+bool any(Communicator& ranks, bool own, std::string_view what);
+/// {"what": value or object, ...} must be equal on all ranks: Error(kPeer) on every one of them that names the ranks and each difference.
+void require_agreement(Communicator& ranks, const Json& facts, std::string_view what);
+
+/// Says the error that ends this process, when another rank is lost while this one computes for so long that it does not see it, and ends
+/// the process; set once by `main`. Returns the former. Without one, only calls of a Communicator see losses.
+using LastWord = std::function<void(const Error&)>;
+LastWord set_last_word(LastWord last_word);
 
 }  // namespace alambic::parallel

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "train/evaluate.h"
 
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <numbers>
@@ -30,28 +33,65 @@ void Evaluation::add(const Evaluation& other) {
   documents += other.documents;
 }
 
+namespace {
+
+at::Tensor nats_of_kept(const models::Decoder& decoder, const data::Batch& batch) {
+  const at::Tensor hidden_TD = decoder.hidden_TD(input_of(batch, /*dropout_seed=*/0));
+  return cross_entropy_of_kept(hidden_TD, decoder.head, batch.targets_T, batch.keep_T);
+}
+
+using Predicted = std::pair<data::EvaluationBatch, at::Tensor>;  // with the nats of its kept tokens
+
+/// The next batches, one for each rank; each is predicted by one rank and then known to all. Empty at the end.
+std::vector<Predicted> next_round(const models::Decoder& decoder, data::EvaluationBatches& batches, parallel::Communicator& ranks) {
+  std::vector<Predicted> round;
+  std::int64_t most = 0;
+  while (round.size() < static_cast<std::size_t>(ranks.size())) {
+    std::optional<data::EvaluationBatch> next = batches.next();
+    if (!next) break;
+    most = std::max(most, next->batch.num_kept);
+    round.emplace_back(std::move(*next), at::Tensor());
+  }
+  const auto rank = static_cast<std::size_t>(ranks.rank());
+  at::Tensor own;
+  if (rank < round.size()) own = round[rank].second = nats_of_kept(decoder, round[rank].first.batch);
+  if (ranks.size() == 1 || round.empty()) return round;
+  const at::Tensor padded = at::zeros({most}, at::kFloat);
+  if (own.defined()) padded.narrow(0, 0, own.numel()).copy_(own);
+  const at::Tensor all = ranks.all_gather(padded, "evaluation");
+  for (std::size_t i = 0; i < round.size(); ++i) round[i].second = all[static_cast<std::int64_t>(i)];
+  return round;
+}
+
+}  // namespace
+
 StoreEvaluation evaluate(const models::Decoder& decoder, const data::TokenStore& store, std::int64_t row_length,
                          std::int64_t rows_per_batch, std::uint64_t max_tokens) {
+  return evaluate(decoder, store, row_length, rows_per_batch, max_tokens, *parallel::single());
+}
+
+StoreEvaluation evaluate(const models::Decoder& decoder, const data::TokenStore& store, std::int64_t row_length,
+                         std::int64_t rows_per_batch, std::uint64_t max_tokens, parallel::Communicator& ranks) {
   const at::NoGradGuard no_grad;
   if (store.info().vocabulary_size > decoder.config.vocabulary_size)
     fail(ErrorKind::kData, store.folder().string(), ": its tokenizer has ", store.info().vocabulary_size, " tokens, the model only ",
          decoder.config.vocabulary_size, Remedy{"prepare the text with the tokenizer of this model"});
   std::vector<Evaluation> of_source(store.info().sources.size());
   data::EvaluationBatches batches(store, row_length, rows_per_batch, max_tokens);
-  while (const std::optional<data::EvaluationBatch> next = batches.next()) {
-    const data::Batch& batch = next->batch;
-    const at::Tensor hidden_TD = decoder.hidden_TD(input_of(batch, /*dropout_seed=*/0));
-    const at::Tensor nats_K = cross_entropy_of_kept(hidden_TD, decoder.head, batch.targets_T, batch.keep_T);
-    const float* nats = nats_K.const_data_ptr<float>();
-    const bool* keep = batch.keep_T.const_data_ptr<bool>();
-    for (std::size_t i = 0; i < batch.document_lengths.size(); ++i) {
-      Evaluation& total = of_source.at(next->document_source[i]);
-      total.documents += batch.origins[i].first_token == 0;
-      total.bytes += next->document_bytes[i];
-      for (std::int64_t t = 0; t < batch.document_lengths[i]; ++t)
-        if (*keep++) total.nats += *nats++, total.tokens += 1;
-      if (!std::isfinite(total.nats))
-        fail(ErrorKind::kNumerics, store.folder().string(), ": document ", batch.origins[i].document, ": its loss is not finite");
+  for (auto round = next_round(decoder, batches, ranks); !round.empty(); round = next_round(decoder, batches, ranks)) {
+    for (const auto& [evaluated, nats_K] : round) {  // in the order of the batches, however many ranks there are
+      const data::Batch& batch = evaluated.batch;
+      const float* nats = nats_K.const_data_ptr<float>();
+      const bool* keep = batch.keep_T.const_data_ptr<bool>();
+      for (std::size_t i = 0; i < batch.document_lengths.size(); ++i) {
+        Evaluation& total = of_source.at(evaluated.document_source[i]);
+        total.documents += batch.origins[i].first_token == 0;
+        total.bytes += evaluated.document_bytes[i];
+        for (std::int64_t t = 0; t < batch.document_lengths[i]; ++t)
+          if (*keep++) total.nats += *nats++, total.tokens += 1;
+        if (!std::isfinite(total.nats))
+          fail(ErrorKind::kNumerics, store.folder().string(), ": document ", batch.origins[i].document, ": its loss is not finite");
+      }
     }
   }
 

@@ -8,6 +8,7 @@
 #include "core/json.h"
 #include "data/token_store.h"
 #include "models/decoder.h"
+#include "parallel/communicator.h"
 
 namespace alambic::train {
 
@@ -31,6 +32,9 @@ struct StoreEvaluation {
 /// Error(kData) when the store's ids do not fit the decoder; Error(kNumerics) when a loss is not finite.
 StoreEvaluation evaluate(const models::Decoder& decoder, const data::TokenStore& store, std::int64_t row_length,
                          std::int64_t rows_per_batch = 1, std::uint64_t max_tokens = 0);
+/// The same by all ranks, each predicting a part of the batches: the same bits as by one, on every rank.
+StoreEvaluation evaluate(const models::Decoder& decoder, const data::TokenStore& store, std::int64_t row_length,
+                         std::int64_t rows_per_batch, std::uint64_t max_tokens, parallel::Communicator& ranks);
 
 /// {"loss", "perplexity", "bits_per_byte", "nats", "tokens", "bytes", "documents"}; null where a figure has no divisor.
 Json to_json(const Evaluation& evaluation);

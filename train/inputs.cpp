@@ -48,7 +48,8 @@ Json resolved_config_of(const TrainConfig& config, const Inputs& inputs) {
 
 Json identity_of(const TrainConfig& config, const Inputs& inputs) {
   Json run = resolved_config(config);
-  for (const char* key : {"output", "model", "samples", "checkpoint", "log_every", "threads", "memory"}) run.erase(key);
+  for (const char* key : {"output", "model", "samples", "checkpoint", "log_every", "threads", "memory", "ranks"}) run.erase(key);
+  if (!config.deterministic) run.erase("deterministic");  // as in checkpoints older than it
   for (Json& item : run["data"]["mixture"]) item.erase("store");
   for (Json& item : run["evaluation"]["stores"]) item.erase("store");
   run["compute_type"] = toString(compute_type_of(config));  // what "auto" came to

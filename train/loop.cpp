@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "train/loop.h"
 
+#include <array>
 #include <chrono>
 #include <cmath>
+#include <cstring>
 
 #include "checkpoints/run_state.h"
 #include "core/error.h"
@@ -15,11 +17,35 @@ namespace {
 
 constexpr double kLossSmoothing = 0.9;  // of progress lines: about the last ten steps
 
+/// Of all bits of some tensors: what ranks that have drifted apart do not share.
+std::string checksum(const NamedTensors& tensors) {
+  std::uint64_t sum = 0;
+  for (const auto& [name, tensor] : tensors) {
+    const at::Tensor whole = tensor.contiguous();
+    const char* const bytes = static_cast<const char*>(whole.const_data_ptr());
+    // Four sums side by side: a chain of multiplications is slow, and this reads all weights and moments.
+    std::array<std::uint64_t, 4> lanes = {1, 2, 3, 4};
+    std::size_t i = 0;
+    for (; i + 32 <= whole.nbytes(); i += 32)
+      for (std::size_t lane = 0; lane < 4; ++lane) {
+        std::uint64_t word;
+        std::memcpy(&word, bytes + i + 8 * lane, 8);
+        lanes[lane] = (lanes[lane] ^ word) * 0x9e3779b97f4a7c15ull;
+        lanes[lane] ^= lanes[lane] >> 29;
+      }
+    for (; i < whole.nbytes(); ++i) lanes[0] = (lanes[0] ^ static_cast<unsigned char>(bytes[i])) * 0x9e3779b97f4a7c15ull;
+    for (const std::uint64_t lane : lanes) sum = mix64(sum ^ lane);
+  }
+  return std::to_string(sum);
+}
+
 class Loop {
  public:
   Loop(const TrainConfig& config, const LoopParts& parts, const std::optional<Progress>& resumed)
       : config_(config), parts_(parts), progress_(resumed.value_or(Progress{})), saved_step_(resumed ? resumed->step : -1),
-        log_(parts.run, progress_.metrics_bytes, progress_.step, parts.total_steps) {
+        writes_(parts.ranks.rank() == 0) {
+    if (writes_) log_.emplace(parts.run, progress_.metrics_bytes, progress_.step, parts.total_steps);
+    parts_.ranks.at_step(progress_.step);
     if (resumed) return;
     progress_.data = parts_.batches.state();
     sample();
@@ -29,7 +55,7 @@ class Loop {
 
   Progress run() {
     while (progress_.ended.empty()) {
-      if (parts_.stop_requested()) stop();
+      if (parallel::any(parts_.ranks, parts_.stop_requested(), "whether to stop")) stop();
       restart_if_due();
       train_one_step();
       const bool improved = (!progress_.ended.empty() || due(config_.evaluation.every)) && evaluate();  // may end the run early
@@ -50,7 +76,7 @@ class Loop {
     parts_.restart(progress_.restarts);
     parts_.optimizer.reset();
     log_info("step ", progress_.step, "  restart ", progress_.restarts, ": the adapters are merged and begin anew");
-    log_.metrics(progress_.step, "restart", {{"number", progress_.restarts}});
+    if (log_) log_->metrics(progress_.step, "restart", {{"number", progress_.restarts}});
   }
 
   void train_one_step() {
@@ -60,12 +86,13 @@ class Loop {
     const std::vector<data::Batch> micro_batches = parts_.batches.next_step();
     const std::uint64_t seed = derive_seed(config_.seed, "dropout", {static_cast<std::uint64_t>(progress_.step)});
     const StepReport report = step(micro_batches, parts_.loss_sum, parts_.optimizer, learning_rate, config_.optimizer.max_grad_norm,
-                                   seed, parts_.ranks, parts_.stop_requested);
+                                   seed, parts_.ranks, parts_.stop_requested, config_.deterministic ? Order::kTree : Order::kAsTheyCome, parts_.figures);
     if (report.stopped) stop();  // progress_ still says where this step began: a resumed run makes it again
 
     const data::StreamCounts counts = parts_.batches.counts();
     const std::int64_t step_tokens = static_cast<std::int64_t>(counts.tokens) - progress_.tokens;
     progress_.step += 1;
+    parts_.ranks.at_step(progress_.step);
     progress_.tokens += step_tokens;
     progress_.kept_tokens += report.num_tokens;
     progress_.data = parts_.batches.state();
@@ -81,12 +108,14 @@ class Loop {
     const auto figure = [](double value) { return std::isfinite(value) ? Json(value) : Json(nullptr); };
     Json line = {{"loss", figure(report.nats_per_token)}, {"learning_rate", learning_rate}, {"grad_norm", figure(report.grad_norm)},
                  {"kept_tokens", report.num_tokens}, {"tokens", progress_.tokens}, {"applied", report.applied}};
-    if (parts_.figures) line.update(parts_.figures(report.num_tokens));
-    log_.metrics(progress_.step, "train", line);
-    log_.stepped(progress_.step, step_tokens, std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count());
+    line.update(report.figures);
+    if (log_) {
+      log_->metrics(progress_.step, "train", line);
+      log_->stepped(progress_.step, step_tokens, std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count());
+    }
     if (config_.limits.max_tokens > 0 && progress_.tokens >= config_.limits.max_tokens) progress_.ended = "tokens";
     if (progress_.step >= parts_.total_steps) progress_.ended = "steps";
-    if (due(config_.log_every) || !progress_.ended.empty()) log_.progress(progress_.step, progress_.smoothed_loss, learning_rate);
+    if (log_ && (due(config_.log_every) || !progress_.ended.empty())) log_->progress(progress_.step, progress_.smoothed_loss, learning_rate);
   }
 
   void count_bad_step(const StepReport& report) {
@@ -97,7 +126,7 @@ class Loop {
     log_warning("step ", progress_.step, ": loss ", report.nats_per_token, ", gradient norm ", report.grad_norm,
                 "; not applied. Batches beginning at samples:", samples);
     if (progress_.bad_steps_in_row < kMaxBadSteps) return;
-    log_.sync();
+    if (log_) log_->sync();
     fail(ErrorKind::kNumerics, kMaxBadSteps, " steps in a row, the last of them ", progress_.step, ", had a loss or gradient that is not finite (loss ",
          report.nats_per_token, ", gradient norm ", report.grad_norm, "); the last one at samples", samples,
          Remedy{"lower schedule.learning_rate or look at these samples; the last good checkpoint is kept"});
@@ -111,7 +140,7 @@ class Loop {
       Json flat = Json::object();
       for (const auto& [key, value] : figures.items())
         if (!value.is_object()) flat[key] = value;
-      log_.metrics(progress_.step, "evaluation/" + name, flat);
+      if (log_) log_->metrics(progress_.step, "evaluation/" + name, flat);
       const auto shown = [&](const char* key) { return figures[key].is_number() ? printed("%.4f", figures[key].get<double>()) : "unknown"; };
       log_info("step ", progress_.step, "  ", name, ": loss ", shown("loss"), ", bits per byte ", shown("bits_per_byte"));
     }
@@ -135,24 +164,28 @@ class Loop {
   }
 
   void sample() {
+    if (!log_) return;
     const Json samples = parts_.sample(progress_.step);
     for (std::size_t i = 0; i < samples.size(); ++i) {
-      log_.metrics(progress_.step, "sample/" + std::to_string(i), samples[i]);
-      log_.text(progress_.step, "sample/" + std::to_string(i), samples[i]["prompt"].get<std::string>() + samples[i]["text"].get<std::string>());
+      log_->metrics(progress_.step, "sample/" + std::to_string(i), samples[i]);
+      log_->text(progress_.step, "sample/" + std::to_string(i), samples[i]["prompt"].get<std::string>() + samples[i]["text"].get<std::string>());
       log_info("step ", progress_.step, "  sample: ", to_line(samples[i]["prompt"]), " -> ", to_line(samples[i]["text"]));
     }
   }
 
   void save() {
     if (saved_step_ == progress_.step) return;  // resumed here, and nothing was done since
-    progress_.metrics_bytes = log_.sync();
+    if (log_) progress_.metrics_bytes = log_->sync();
     progress_.optimizer_steps = parts_.optimizer.num_steps();
     NamedTensors tensors = parts_.optimizer.state();
     for (auto& [name, tensor] : parts_.base_state()) tensors.emplace_back(name, tensor);
-    checkpoints::save_checkpoint(parts_.run, {.step = progress_.step, .tensors = tensors, .progress = to_json(progress_), .identity = parts_.identity},
-                                 parts_.write_result);
+    parallel::require_agreement(parts_.ranks, {{"step", progress_.step}, {"weights", checksum(tensors)}}, "what is to be saved");
+    if (writes_)
+      checkpoints::save_checkpoint(parts_.run, {.step = progress_.step, .tensors = tensors, .progress = to_json(progress_), .identity = parts_.identity},
+                                   parts_.write_result);
+    parts_.ranks.barrier("commit of checkpoint-" + std::to_string(progress_.step));
     saved_step_ = progress_.step;
-    checkpoints::apply_retention(parts_.run, config_.checkpoint.keep, {progress_.best_step});
+    if (writes_) checkpoints::apply_retention(parts_.run, config_.checkpoint.keep, {progress_.best_step});
   }
 
   [[noreturn]] void stop() {
@@ -165,7 +198,8 @@ class Loop {
   const LoopParts& parts_;
   Progress progress_;
   std::int64_t saved_step_;  // the newest committed checkpoint; -1: none
-  RunLog log_;
+  bool writes_;               // rank 0
+  std::optional<RunLog> log_;  // of rank 0
 };
 
 }  // namespace

@@ -27,9 +27,9 @@ struct LoopParts {
   Optimizer& optimizer;
   parallel::Communicator& ranks;
   LossSum loss_sum;
-  /// Held-out figures by name: {"<name>": {"loss": ..., ...}}; null where there is nothing to evaluate on.
+  /// Held-out figures by name, the same on all ranks: {"<name>": {"loss": ..., ...}}; null where there is nothing to evaluate on.
   std::function<Json()> evaluate;
-  /// Continuations of the fixed prompts: [{"prompt", "text"}].
+  /// Continuations of the fixed prompts, asked of rank 0 alone: [{"prompt", "text"}].
   std::function<Json(std::int64_t step)> sample;
   /// What a run changes of its frozen base, as tensors of a checkpoint, and how a decoder is brought there again.
   std::function<NamedTensors()> base_state;
@@ -43,8 +43,7 @@ struct LoopParts {
   Json identity;              // RunState::identity
   std::int64_t total_steps = 0;
   std::string chosen_by;      // the evaluation whose loss decides; "": the last checkpoint is chosen
-  /// What a recipe tells of the step just made besides its loss, for the step's line in metrics.jsonl; called once a step.
-  std::function<Json(std::int64_t kept_tokens)> figures = {};
+  Figures figures = {};       // what a recipe tells of a step besides its loss, for the step's line in metrics.jsonl
   std::string verb = "train";  // of the command that goes on with a stopped run
 };
 
@@ -68,7 +67,8 @@ struct Progress {
 Json to_json(const Progress& progress);
 Progress progress_from_json(const Json& json, std::string_view source);
 
-/// Runs from `resumed` (or from the start) to its end, with a checkpoint of the last step. Weights, moments and the data
+/// Collective: all ranks run the same steps and end together; rank 0 alone writes and samples, and no rank goes on before a checkpoint is
+/// committed. Runs from `resumed` (or from the start) to its end, with a checkpoint of the last step. Weights, moments and the data
 /// position have been restored by the caller. Error(kStopped) after saving when parts.stop_requested(); Error(kNumerics)
 /// after kMaxBadSteps bad steps in a row, naming their samples; errors of saving pass through.
 Progress run(const TrainConfig& config, const LoopParts& parts, const std::optional<Progress>& resumed);

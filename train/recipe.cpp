@@ -1,11 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "train/recipe.h"
 
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+
+#include <memory>
+
 #include "checkpoints/hf_folder.h"
+#include "checkpoints/manifest.h"
 #include "core/error.h"
+#include "core/files.h"
 #include "core/log.h"
 #include "lora/initialise.h"
 #include "models/decoder.h"
+#include "parallel/connect.h"
 #include "train/cross_entropy.h"
 #include "train/inputs.h"
 #include "train/loop.h"
@@ -30,33 +38,109 @@ Recipe text_recipe(const TrainConfig& config) {
   }};
 }
 
-TrainReport run_recipe(const TrainConfig& given, bool resume, const std::function<bool()>& stop_requested, const Recipe& recipe) {
-  check(given);
-  const TrainConfig config = with_token_ids(given);
-  use_threads(config);
-  const RunFolder held(config.output);
-  require_new_or_resumed(config, resume);
+namespace {
+
+/// Ranks other than 0 keep their notes to themselves, as they would say the same; warnings and errors are their own.
+class NotesOfRank0 {
+ public:
+  explicit NotesOfRank0(const parallel::Communicator& ranks) {
+    if (ranks.rank() == 0) return;
+    former_ = std::make_shared<LogSink>();
+    *former_ = set_log_sink([former = former_](LogLevel level, std::string_view line) {
+      if (level == LogLevel::kWarning && *former) (*former)(level, line);
+    });
+  }
+  ~NotesOfRank0() {
+    if (former_) set_log_sink(*former_);
+  }
+  NotesOfRank0(const NotesOfRank0&) = delete;
+  NotesOfRank0& operator=(const NotesOfRank0&) = delete;
+
+ private:
+  std::shared_ptr<LogSink> former_;
+};
+
+/// What must be the same on all ranks before anything is computed: the program, the config (but for paths, which may differ from machine to
+/// machine, and what only concerns one's own speed), the base, the data.
+Json facts_of(const TrainConfig& config, const Inputs& inputs, bool resume) {
+  Json identity = identity_of(config, inputs)["run"], base = identity["base_sha256"], data = Json::object();
+  identity.erase("base_sha256");
+  for (const char* use : {"data", "evaluation"}) {
+    Json& stores = identity[use][std::string_view(use) == "data" ? "mixture" : "stores"];
+    for (Json& store : stores) data[use].push_back(store["sha256"]), store.erase("sha256");
+  }
+  const Json whole = resolved_config(config);
+  for (const char* key : {"checkpoint", "samples", "ranks", "log_every", "deterministic"}) identity[key] = whole[key];
+  identity["resume"] = resume;
+  return {{"code", {{"version", checkpoints::alambic_version()}, {"program", sha256_of_file("/proc/self/exe")}}}, {"config", identity}, {"base", base}, {"data", data}};
+}
+
+/// All ranks continue where rank 0 does: it alone has read the checkpoint. Returns its progress.
+std::optional<Progress> share_start(const LoopParts& parts, std::optional<Progress> progress) {
+  parallel::Communicator& ranks = parts.ranks;
+  if (ranks.size() == 1) return progress;
+  Json base = Json::array();
+  if (progress)
+    for (const auto& [name, tensor] : parts.base_state()) base.push_back({name, tensor.sizes().vec(), static_cast<int>(tensor.scalar_type())});
+  const std::string text = broadcast_text(ranks, progress ? to_line({{"progress", to_json(*progress)}, {"base", base}}) : "", 0, "where to go on");
+  if (text.empty()) return std::nullopt;
+  const Json start = parse_json(text, "rank 0");
+  const at::NoGradGuard no_grad;
+  NamedTensors base_tensors;
+  if (progress) base_tensors = parts.base_state();
+  else
+    for (const Json& entry : start["base"]) base_tensors.emplace_back(entry[0].get<std::string>(), at::empty(entry[1].get<std::vector<std::int64_t>>(), static_cast<at::ScalarType>(entry[2].get<int>())));
+  const auto share = [&](const NamedTensors& named, const char* what) {
+    std::vector<at::Tensor> tensors;
+    for (const auto& [name, tensor] : named) tensors.push_back(tensor);
+    ranks.broadcast_in_place(tensors, 0, what);
+  };
+  share(base_tensors, "the checkpoint's base");
+  if (!progress) {
+    parts.restore_base(base_tensors);
+    progress = progress_from_json(start["progress"], "rank 0");
+    parts.batches.restore(progress->data);
+    parts.optimizer.restore(parts.optimizer.state(), progress->optimizer_steps);
+  }
+  share(parts.optimizer.state(), "the checkpoint's weights");
+  return progress;
+}
+
+TrainReport run_ranks(const TrainConfig& config, bool resume, const std::function<bool()>& stop_requested, const Recipe& recipe, parallel::Communicator& ranks, int num_sharing) {
+  const NotesOfRank0 notes(ranks);
+  const bool is_first = ranks.rank() == 0;
+  if (config.deterministic) require_tree(ranks.size());
+  std::optional<RunFolder> held;  // rank 0 alone reads and writes it
+  if (is_first) {
+    held.emplace(config.output);
+    require_new_or_resumed(config, resume);
+  }
   const Inputs inputs = open_inputs(config, recipe);
-  if (std::optional<TrainReport> finished = finished_run(config, inputs)) return *finished;
-  for (const std::string& warning : inputs.warnings) log_warning(warning);
+  if (ranks.size() > 1) require_agreement(ranks, facts_of(config, inputs, resume), "before the first step");
+  std::optional<TrainReport> finished;
+  if (is_first) finished = finished_run(config, inputs);
+  if (any(ranks, finished.has_value(), "whether the run is finished")) return finished.value_or(TrainReport{.was_finished = true});
+  if (is_first)
+    for (const std::string& warning : inputs.warnings) log_warning(warning);
   models::Decoder decoder = checkpoints::load_decoder(config.model, compute_type_of(config), quantization_of(config));
   if (recipe.see_base) recipe.see_base(decoder);
   make_trainable(decoder, config);
-  prepare_blocks(decoder, config, recipe.not_fused);
+  prepare_blocks(decoder, config, recipe.not_fused, num_sharing);
   std::vector<models::NamedTensor> trained = lora::trainable(decoder);
   const LossSum loss_sum = recipe.loss(decoder, inputs, trained);
   const std::unique_ptr<Optimizer> optimizer = make_optimizer(trained, config.optimizer);
-  require_disk(config, *optimizer, inputs.model.num_parameters());
-  data::BatchStream batches(stream_config(config), static_cast<std::uint32_t>(inputs.model.vocabulary_size));
-  const auto ranks = parallel::single();
+  if (is_first) require_disk(config, *optimizer, inputs.model.num_parameters());
+  data::BatchStream batches(stream_config(config), static_cast<std::uint32_t>(inputs.model.vocabulary_size), ranks.rank(), ranks.size());
   const Sampler sampler(config, decoder);
+  Json identity = identity_of(config, inputs);
+  if (ranks.size() > 1 && !config.deterministic) identity["machine"]["ranks"] = ranks.size();
 
   const LoopParts parts{
       .batches = batches,
       .optimizer = *optimizer,
-      .ranks = *ranks,
+      .ranks = ranks,
       .loss_sum = loss_sum,
-      .evaluate = [&] { return evaluate_all(config, decoder, inputs); },
+      .evaluate = [&] { return evaluate_all(config, decoder, inputs, ranks); },
       .sample = [&](std::int64_t) { return sampler.samples(); },
       .base_state = [&] { return base_state(decoder, config.lora); },
       .restore_base = [&](const NamedTensors& state) { restore_base(decoder, config.lora, state); },
@@ -64,19 +148,44 @@ TrainReport run_recipe(const TrainConfig& given, bool resume, const std::functio
       .write_result = [&](const std::filesystem::path& folder) { write_result(config, decoder, inputs, folder); },
       .stop_requested = stop_requested,
       .run = config.output,
-      .identity = identity_of(config, inputs),
+      .identity = identity,
       .total_steps = total_steps(config, batches, inputs),
       .chosen_by = chosen_by(config),
       .figures = recipe.figures,
       .verb = recipe.verb,
   };
-  const std::optional<Progress> resumed = restore(config, inputs, parts);
+  const std::optional<Progress> resumed = share_start(parts, is_first ? restore(config, inputs, parts) : std::nullopt);
   if (!resumed && config.method == "lora") lora::initialise(decoder, config.lora, config.seed);
   const std::int64_t beside = parameters_beside(*optimizer);
   log_info("training ", optimizer->num_parameters() - beside, " of ", inputs.model.num_parameters(), " parameters", beside > 0 ? " and " + std::to_string(beside) + " beside them" : "", " for ", parts.total_steps, " steps, ",
-           toString(compute_type_of(config)), config.quantize_base == "none" ? "" : " on a base in " + lora::name_of(quantization_of(config)), ", into ", config.output.string());
+           toString(compute_type_of(config)), config.quantize_base == "none" ? "" : " on a base in " + lora::name_of(quantization_of(config)),
+           ranks.size() == 1 ? "" : ", by " + std::to_string(ranks.size()) + " ranks", ", into ", config.output.string());
   const Progress progress = run(config, parts, resumed);
-  return finish(config, inputs, progress);
+  TrainReport report = is_first ? finish(config, inputs, progress) : TrainReport{.steps = progress.step};
+  ranks.barrier("end of the run");
+  return report;
+}
+
+}  // namespace
+
+TrainReport run_recipe(const TrainConfig& given, bool resume, const std::function<bool()>& stop_requested, const Recipe& recipe) {
+  check(given);
+  const TrainConfig config = with_token_ids(given);
+  use_threads(config);
+  const parallel::LaunchEnvironment environment = parallel::launch_environment();
+  const auto ranks = parallel::connect(environment, {.timeout_seconds = config.ranks.timeout, .connect_timeout_seconds = config.ranks.connect_timeout});
+  try {
+    TrainReport report = run_ranks(config, resume, stop_requested, recipe, *ranks, environment.local_size);
+    report.rank = ranks->rank();
+    return report;
+  } catch (const Error& error) {
+    // What all ranks come to together needs no telling: a wish to stop, losses that are not finite, a lost rank.
+    if (error.kind() != ErrorKind::kStopped && error.kind() != ErrorKind::kPeer) ranks->tell_failure(error.what());
+    throw;
+  } catch (const std::exception& error) {
+    ranks->tell_failure(error.what());
+    throw;
+  }
 }
 
 }  // namespace alambic::train

@@ -25,8 +25,7 @@ struct Recipe {
   /// The loss of the decoder, which is ready to train and stays where it is; further tensors to train may be added to the list, under
   /// names that begin with kBesideModel.
   std::function<LossSum(models::Decoder&, const Inputs&, std::vector<models::NamedTensor>& trained)> loss;
-  /// LoopParts::figures.
-  std::function<Json(std::int64_t kept_tokens)> figures = {};
+  Figures figures = {};  // LoopParts::figures
   /// Bytes that the recipe takes besides the decoder and its training; asked after `loss`.
   std::function<std::uint64_t()> memory = {};
 };

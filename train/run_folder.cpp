@@ -180,11 +180,11 @@ std::string chosen_by(const TrainConfig& config) {
   return config.evaluation.stores.front().name;
 }
 
-Json evaluate_all(const TrainConfig& config, const models::Decoder& decoder, const Inputs& inputs) {
+Json evaluate_all(const TrainConfig& config, const models::Decoder& decoder, const Inputs& inputs, parallel::Communicator& ranks) {
   if (inputs.held_out.empty()) return nullptr;
   Json all = Json::object();
   for (const auto& [name, store] : inputs.held_out)
-    all[name] = to_json(evaluate(decoder, store, config.data.row_length, config.data.rows_per_batch, static_cast<std::uint64_t>(config.evaluation.max_tokens)));
+    all[name] = to_json(evaluate(decoder, store, config.data.row_length, config.data.rows_per_batch, static_cast<std::uint64_t>(config.evaluation.max_tokens), ranks));
   return all;
 }
 

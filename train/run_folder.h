@@ -45,8 +45,8 @@ std::int64_t total_steps(const TrainConfig& config, const data::BatchStream& bat
 /// Name of the evaluation store that decides which checkpoint is best; "" where there is none.
 std::string chosen_by(const TrainConfig& config);
 
-/// All held-out stores, by name; null where there are none.
-Json evaluate_all(const TrainConfig& config, const models::Decoder& decoder, const Inputs& inputs);
+/// All held-out stores, by name, each by all ranks; null where there are none.
+Json evaluate_all(const TrainConfig& config, const models::Decoder& decoder, const Inputs& inputs, parallel::Communicator& ranks);
 
 /// Puts weights, moments and data position of the newest valid checkpoint back; nullopt when there is none. Writes
 /// <run>/config.json. Error(kUsage) lists what differs from the run that wrote it; another thread count or processor is a warning.

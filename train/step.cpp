@@ -2,53 +2,171 @@
 #include "train/step.h"
 
 #include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 
+#include <algorithm>
+#include <bit>
 #include <cmath>
+#include <limits>
+#include <string>
+#include <utility>
 
 #include "core/error.h"
 #include "core/random.h"
 
 namespace alambic::train {
+namespace {
+
+/// The micro-batches of all ranks, as far as a step needs to know of them: one value each, written by the rank whose it is, then
+/// shared. A sum in which all other ranks add zeros is exact, so it does not matter who wrote what.
+class OfAll {
+ public:
+  OfAll(std::size_t own, parallel::Communicator& ranks) : ranks_(ranks), values_(at::zeros({static_cast<std::int64_t>(own) * ranks.size() + 1}, at::kDouble)) {}
+  double& operator[](std::size_t own) { return values_.mutable_data_ptr<double>()[own * static_cast<std::size_t>(ranks_.size()) + static_cast<std::size_t>(ranks_.rank())]; }
+  /// One number more, of which every rank adds its own.
+  double& votes() { return values_.mutable_data_ptr<double>()[values_.numel() - 1]; }
+  void share(std::string_view what) { ranks_.sum_in_place({&values_, 1}, what); }
+  std::span<const double> all() const { return {values_.const_data_ptr<double>(), static_cast<std::size_t>(values_.numel() - 1)}; }
+  double sum() const {  // in the order of the micro-batches
+    double sum = 0;
+    for (const double value : all()) sum += value;
+    return sum;
+  }
+
+ private:
+  parallel::Communicator& ranks_;
+  at::Tensor values_;
+};
+
+/// Figures of the micro-batches of all ranks.
+class FiguresOfAll {
+ public:
+  FiguresOfAll(std::size_t own, parallel::Communicator& ranks) : own_(own), ranks_(ranks) {}
+  void note(std::size_t own, const Json& figures) {
+    for (const auto& [name, figure] : figures.items()) {
+      const auto found = std::find_if(figures_.begin(), figures_.end(), [&](const Figure& each) { return each.name == name; });
+      Figure& noted = found != figures_.end() ? *found : figures_.emplace_back(name, figure.is_number_integer(), OfAll(own_, ranks_));
+      noted.values[own] = figure.is_number() ? figure.get<double>() : std::numeric_limits<double>::quiet_NaN();
+    }
+  }
+  Json sum(double num_tokens) {
+    Json all = Json::object();
+    for (auto& [name, is_count, values] : figures_) {
+      values.share("figures");
+      const double sum = values.sum();
+      if (is_count) all[name] = static_cast<std::int64_t>(sum);
+      else if (std::isfinite(sum)) all[name] = sum / num_tokens;
+      else all[name] = nullptr;
+    }
+    return all;
+  }
+
+ private:
+  struct Figure {
+    std::string name;
+    bool is_count;
+    OfAll values;
+    Figure(std::string given_name, bool counts, OfAll none) : name(std::move(given_name)), is_count(counts), values(std::move(none)) {}
+  };
+  std::size_t own_;
+  parallel::Communicator& ranks_;
+  std::vector<Figure> figures_;  // in the order in which the recipe names them
+};
+
+/// First samples of the micro-batches of all ranks that are marked.
+std::vector<std::uint64_t> samples_of(std::span<const data::Batch> micro_batches, std::span<const double> marks, parallel::Communicator& ranks) {
+  OfAll first(micro_batches.size(), ranks);
+  for (std::size_t i = 0; i < micro_batches.size(); ++i) first[i] = static_cast<double>(micro_batches[i].first_sample);  // exact below 2^53
+  first.share("samples of a bad step");
+  std::vector<std::uint64_t> samples;
+  for (std::size_t i = 0; i < marks.size(); ++i)
+    if (marks[i] != 0) samples.push_back(static_cast<std::uint64_t>(first.all()[i]));
+  return samples;
+}
+
+using Gradients = std::vector<at::Tensor>;
+
+Gradients taken_gradients(Optimizer& optimizer) {
+  const std::span<at::Tensor> gradients = optimizer.gradients();
+  Gradients taken(gradients.begin(), gradients.end());
+  optimizer.forget_gradients();
+  return taken;
+}
+
+}  // namespace
+
+void require_tree(int num_ranks) {
+  if (!std::has_single_bit(static_cast<unsigned>(num_ranks)))
+    fail(ErrorKind::kUsage, "deterministic: ", num_ranks, " ranks cannot share a binary tree of micro-batches", Remedy{"use 1, 2, 4, 8, ... ranks, or deterministic: false"});
+}
 
 StepReport step(std::span<const data::Batch> micro_batches, const LossSum& loss_sum, Optimizer& optimizer, double learning_rate,
                 double max_grad_norm, std::uint64_t dropout_seed, parallel::Communicator& ranks,
-                const std::function<bool()>& stop_requested) {
+                const std::function<bool()>& stop_requested, Order order, const Figures& figures) {
+  if (order == Order::kTree) require_tree(ranks.size());
   // Counted before any forward pass, over all ranks: each token then weighs the same, however the batch was cut.
-  at::Tensor count = at::scalar_tensor(0, at::kDouble), nats = at::scalar_tensor(0, at::kDouble);
-  for (const data::Batch& batch : micro_batches) count += static_cast<double>(batch.num_kept);
-  ranks.sum_in_place({&count, 1});
-  const double num_tokens = count.item<double>();
+  OfAll counts(micro_batches.size(), ranks);
+  for (std::size_t i = 0; i < micro_batches.size(); ++i) counts[i] = static_cast<double>(micro_batches[i].num_kept);
+  counts.share("count of tokens");
+  const double num_tokens = counts.sum();
   if (num_tokens == 0)
     fail(ErrorKind::kData, "every token of the step at sample ", micro_batches.empty() ? 0 : micro_batches.front().first_sample,
          " is masked; nothing to learn from", Remedy{"look at the loss mask with inspect, or use more batches_per_step"});
 
   StepReport report{.num_tokens = static_cast<std::int64_t>(num_tokens)};
-  std::uint64_t index = static_cast<std::uint64_t>(ranks.rank());  // of the micro-batch among those of all ranks
-  for (const data::Batch& batch : micro_batches) {
+  OfAll nats(micro_batches.size(), ranks);
+  FiguresOfAll told(micro_batches.size(), ranks);
+  const bool tells_each = figures && (ranks.size() > 1 || order == Order::kTree);  // else the figures add up by themselves, in this very order
+  const auto learn = [&](std::size_t own) {
+    if (report.stopped) return;
+    const data::Batch& batch = micro_batches[own];
     if (batch.num_kept > 0) {
+      const std::uint64_t index = own * static_cast<std::uint64_t>(ranks.size()) + static_cast<std::uint64_t>(ranks.rank());  // among those of all ranks
       const at::Tensor loss = loss_sum(batch, derive_seed(dropout_seed, "micro-batch", {index}) | 1);
-      if (!std::isfinite(loss.item<double>())) report.bad_samples.push_back(batch.first_sample);
-      else (loss / num_tokens).backward();
-      nats += loss.detach();
+      nats[own] = loss.item<double>();
+      if (std::isfinite(nats[own])) (loss / num_tokens).backward();
     }
-    index += static_cast<std::uint64_t>(ranks.size());
-    if (stop_requested && stop_requested()) {
-      optimizer.forget_gradients();
-      report.stopped = true;
-      return report;
-    }
+    if (tells_each) told.note(own, figures(1));
+    ranks.check();
+    report.stopped = stop_requested && stop_requested();
+  };
+  if (order == Order::kAsTheyCome) {
+    for (std::size_t own = 0; own < micro_batches.size() && !report.stopped; ++own) learn(own);
+  } else {
+    const auto leaf = [&](std::int64_t own) {
+      learn(static_cast<std::size_t>(own));
+      return taken_gradients(optimizer);
+    };
+    const auto join = [](Gradients a, const Gradients& b) {
+      for (std::size_t i = 0; i < a.size(); ++i) a[i].add_(b[i]);
+      return a;
+    };
+    const Gradients sum = parallel::tree_walk<Gradients>(0, 1, static_cast<std::int64_t>(micro_batches.size()), leaf, join);
+    for (std::size_t i = 0; i < sum.size(); ++i) optimizer.trained()[i].tensor.mutable_grad() = sum[i];
   }
-  ranks.sum_in_place({&nats, 1});
-  report.nats_per_token = nats.item<double>() / num_tokens;
-  ranks.sum_in_place(optimizer.gradients());
+  nats.votes() = report.stopped ? 1 : 0;
+  nats.share("loss");
+  report.stopped = nats.votes() > 0;
+  if (report.stopped) {
+    optimizer.forget_gradients();
+    return report;
+  }
+  report.nats_per_token = nats.sum() / num_tokens;
+  if (tells_each) report.figures = told.sum(num_tokens);
+  else if (figures) report.figures = figures(report.num_tokens);
+  ranks.sum_in_place(optimizer.gradients(), "gradients");
   report.grad_norm = clip_to_norm(optimizer.gradients(), max_grad_norm);
   report.applied = std::isfinite(report.nats_per_token) && std::isfinite(report.grad_norm);
   if (report.applied) {
     optimizer.step(learning_rate);
   } else {  // never averaged away, never applied
     optimizer.forget_gradients();
-    if (report.bad_samples.empty())
-      for (const data::Batch& batch : micro_batches) report.bad_samples.push_back(batch.first_sample);
+    std::vector<double> bad;
+    bool any_bad = false;
+    for (const double value : nats.all()) bad.push_back(std::isfinite(value) ? 0 : 1), any_bad |= !std::isfinite(value);
+    if (!any_bad) bad.assign(bad.size(), 1);
+    report.bad_samples = samples_of(micro_batches, bad, ranks);
   }
   return report;
 }

@@ -6,6 +6,7 @@
 #include <span>
 #include <vector>
 
+#include "core/json.h"
 #include "data/batch.h"
 #include "parallel/communicator.h"
 #include "train/optimizer.h"
@@ -25,13 +26,29 @@ struct StepReport {
   double nats_per_token = 0, grad_norm = 0;  // as they were, finite or not
   std::int64_t num_tokens = 0;               // kept tokens of all micro-batches and ranks: the one divisor
   bool applied = false;                      // false: stopped, or not finite; the weights are as before
-  bool stopped = false;                      // stop_requested() said so between micro-batches
+  bool stopped = false;                      // stop_requested() said so between micro-batches, on one rank at least
+  Json figures = Json::object();             // of all micro-batches and ranks, by num_tokens
   std::vector<std::uint64_t> bad_samples = {};  // first samples of micro-batches whose loss is not finite, or of all when only the norm is not
 };
 
-/// One optimiser step over this rank's micro-batches. Error(kData) when every token is masked.
+/// What a loss tells besides its sum, since it was last asked, in sums over kept tokens divided by `divisor`; whole numbers are counts and
+/// are not divided. The same names each time; null where a figure is not finite.
+using Figures = std::function<Json(std::int64_t divisor)>;
+
+/// How a step's gradients are added.
+enum class Order {
+  kAsTheyCome,  // one micro-batch after the other on each rank, then over ranks: for one rank the bits of plain accumulation
+  kTree,        // parallel::tree_sum over the micro-batches of all ranks: the same bits for 1, 2, 4, ... ranks
+};
+
+/// Error(kUsage) when this number of ranks cannot share the tree of kTree: it is no power of two.
+void require_tree(int num_ranks);
+
+/// One optimiser step over this rank's micro-batches: numbers rank, rank + size, ... of those of all ranks, equally many on each.
+/// Collective; the report is the same on all ranks, and so is whether the step is applied. Error(kData) when every token is masked;
+/// for kTree the error of require_tree().
 StepReport step(std::span<const data::Batch> micro_batches, const LossSum& loss_sum, Optimizer& optimizer, double learning_rate,
                 double max_grad_norm, std::uint64_t dropout_seed, parallel::Communicator& ranks,
-                const std::function<bool()>& stop_requested = {});
+                const std::function<bool()>& stop_requested = {}, Order order = Order::kAsTheyCome, const Figures& figures = {});
 
 }  // namespace alambic::train

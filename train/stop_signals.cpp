@@ -13,8 +13,8 @@ namespace {
 // A handler can reach nothing but static storage.
 std::atomic<int> num_interrupts = 0, num_requests = 0;
 static_assert(std::atomic<int>::is_always_lock_free);
-std::array<struct sigaction, 2> former;
-constexpr std::array<int, 2> kSignals = {SIGTERM, SIGINT};
+std::array<struct sigaction, 3> former;
+constexpr std::array<int, 3> kSignals = {SIGTERM, SIGINT, SIGUSR1};
 
 void note(int signal) {
   num_requests.fetch_add(1);

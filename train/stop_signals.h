@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-// SIGTERM and SIGINT as a wish to stop.
+// SIGTERM, SIGINT and SIGUSR1 (by which schedulers warn of the end of a job's time) as a wish to stop.
 
 namespace alambic::train {
 
-/// While one lives: the first SIGTERM or SIGINT makes stop_requested() true; a second SIGINT ends the process at once
+/// While one lives: the first SIGTERM, SIGINT or SIGUSR1 makes stop_requested() true; a second SIGINT ends the process at once
 /// with exit code 130, leaving the last committed checkpoint. The destructor puts the old handlers back.
 class StopSignals {
  public:

@@ -82,6 +82,11 @@ void CheckpointConfig::visit(FieldVisitor& fields) {
   fields.field("keep", keep, {.help = "newest checkpoints kept; the best one is kept besides", .low = 1, .high = 1e6});
 }
 
+void RanksConfig::visit(FieldVisitor& fields) {
+  fields.field("timeout", timeout, {.help = "a rank that keeps the others waiting for longer is lost, and all end with exit code 7; longer than the longest save and sample take", .unit = "seconds", .low = 1, .high = 1e6});
+  fields.field("connect_timeout", connect_timeout, {.help = "for all ranks to come together at the start", .unit = "seconds", .low = 1, .high = 1e6});
+}
+
 void TrainConfig::visit(FieldVisitor& fields) {
   fields.field("model", model, {.help = "Hugging Face folder of the base model", .required = true});
   fields.field("output", output, {.help = "run folder: checkpoints, metrics, the finished adapter", .required = true});
@@ -99,6 +104,8 @@ void TrainConfig::visit(FieldVisitor& fields) {
   fields.group("limits", "when the run ends", limits);
   fields.group("samples", "fixed prompts", samples);
   fields.group("checkpoint", "what is kept on disk", checkpoint);
+  fields.group("ranks", "several processes on one run (docs/ranks.md)", ranks);
+  fields.field("deterministic", deterministic, {.help = "add the gradients of a step's micro-batches in a fixed binary tree, so that 1, 2, 4, ... ranks of equal threads give the same bits; needs memory for some more gradients"});
   fields.field("neftune_alpha", neftune_alpha, {.help = "NEFTune: uniform noise of alpha / sqrt(document tokens x hidden size) on embeddings while training; 5 to 15 is usual, 0: none", .low = 0, .high = 1e3});
   fields.field("compute_type", compute_type, {.help = "auto: bf16 where the processor multiplies it natively, else f32", .choices = {"auto", "f32", "bf16"}});
   fields.field("memory", memory, {.help = "kept of the forward pass: store all, all but the mlp's, each block's input alone; the rest is computed again with the same bits. auto: the most that fits", .choices = {"auto", "store", "mlp", "block"}});

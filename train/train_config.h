@@ -79,6 +79,11 @@ struct SamplesConfig {
   void visit(FieldVisitor& fields);
 };
 
+struct RanksConfig {
+  double timeout = 600, connect_timeout = 300;  // seconds
+  void visit(FieldVisitor& fields);
+};
+
 struct CheckpointConfig {
   std::int64_t every = 100;        // steps
   std::int64_t keep = 2;           // newest ones; the best one is kept besides
@@ -99,6 +104,8 @@ struct TrainConfig {
   LimitsConfig limits;
   SamplesConfig samples;
   CheckpointConfig checkpoint;
+  RanksConfig ranks;
+  bool deterministic = false;         // gradients of micro-batches are added in a fixed tree
   double neftune_alpha = 0;           // 0: no noise on embeddings
   std::string compute_type = "auto";  // auto, f32, bf16
   std::string memory = "auto";        // auto, store, mlp, block: models::Keep

@@ -135,6 +135,55 @@ TEST(Step, EachTokenWeighsTheSameHoweverTheBatchIsCut) {
   }
 }
 
+TEST(Step, TheTreeAddsTheGradientsOfMicroBatches) {
+  std::vector<data::Batch> batches;
+  for (const std::size_t i : {0, 1, 2, 0, 2}) batches.push_back(batch_of({kRows[i]}, {kMask[i]}));
+  std::int64_t num_tokens = 0;
+  for (const data::Batch& batch : batches) num_tokens += batch.num_kept;
+  Toy toy, by_hand, as_they_come;
+  for (Toy* other : {&by_hand, &as_they_come}) other->weight.detach().copy_(toy.weight.detach());
+  std::vector<at::Tensor> gradients;
+  for (const data::Batch& batch : batches) {
+    (by_hand.loss_sum(batch, 1) / static_cast<double>(num_tokens)).backward();
+    gradients.push_back(by_hand.weight.grad().clone());
+    by_hand.optimizer->forget_gradients();
+  }
+  by_hand.weight.mutable_grad() = parallel::tree_sum(gradients);
+  by_hand.optimizer->step(0.1);
+  const StepReport tree = step(batches, toy.loss_sum, *toy.optimizer, 0.1, 0, 1, *toy.ranks, {}, Order::kTree);
+  EXPECT_TRUE(toy.weight.equal(by_hand.weight));
+  EXPECT_TRUE(toy.optimizer->state()[1].second.equal(by_hand.optimizer->state()[1].second));
+  const StepReport plain = step(batches, as_they_come.loss_sum, *as_they_come.optimizer, 0.1, 0, 1, *as_they_come.ranks);
+  EXPECT_EQ(tree.nats_per_token, plain.nats_per_token);
+  EXPECT_NEAR(tree.grad_norm, plain.grad_norm, 1e-6);
+  EXPECT_TRUE(is_close(toy.optimizer->state()[1].second, as_they_come.optimizer->state()[1].second, {.absolute = 1e-7}));
+}
+
+TEST(Step, FiguresAddUpTheSameWhoeverAddsThem) {
+  const std::vector<data::Batch> batches = {batch_of({kRows[0]}, {kMask[0]}), batch_of({kRows[1]}, {kMask[1]}), batch_of({kRows[2]}, {kMask[2]})};
+  std::vector<Json> told;
+  for (const Order order : {Order::kAsTheyCome, Order::kTree}) {
+    Toy toy;
+    double sum = 0;
+    std::int64_t count = 0;
+    const LossSum noting = [&](const data::Batch& batch, std::uint64_t seed) {
+      sum += 0.5 * static_cast<double>(batch.tokens_T.numel()), count += batch.num_kept;
+      return toy.loss_sum(batch, seed);
+    };
+    const Figures figures = [&](std::int64_t divisor) {
+      return Json{{"half", std::exchange(sum, 0) / static_cast<double>(divisor)}, {"count", std::exchange(count, 0)}, {"none", nullptr}};
+    };
+    told.push_back(step(batches, noting, *toy.optimizer, 0.1, 0, 1, *toy.ranks, {}, order, figures).figures);
+  }
+  EXPECT_EQ(told[0], told[1]);
+  EXPECT_EQ(told[0], (Json{{"half", 5.0 / 6}, {"count", 6}, {"none", nullptr}}));
+}
+
+TEST(Step, ThreeRanksHaveNoTree) {
+  for (const int size : {1, 2, 4, 64}) require_tree(size);
+  for (const int size : {3, 6, 12}) EXPECT_TRUE(testing::fails_with(ErrorKind::kUsage, std::to_string(size) + " ranks cannot share", [&] { require_tree(size); }));
+}
+
 TEST(Step, ALossThatIsNotFiniteIsNotApplied) {
   Toy toy;
   const at::Tensor before = toy.weight.detach().clone();

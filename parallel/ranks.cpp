@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: Apache-2.0
+// Communicator over a transport and a watch: timeouts, who is lost, and the order of sums.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <deque>
+#include <stdexcept>
+#include <thread>
+
+#include "core/error.h"
+#include "parallel/connect.h"
+#include "parallel/transport.h"
+#include "parallel/watch.h"
+
+namespace alambic::parallel {
+namespace {
+
+constexpr std::int64_t kBucketBytes = 8 << 20;  // of a sum: small enough that two of them cost little memory, large enough that latency does not count
+constexpr std::size_t kBucketsAtOnce = 2;       // one moves while another is added up
+constexpr int kSliceMilliseconds = 100;         // between two looks at the watch
+constexpr double kSecondsForTheWatch = 6;       // to explain a connection that broke
+
+std::atomic<bool> in_flight = false;
+
+class Ranks : public Communicator {
+ public:
+  Ranks(const LaunchEnvironment& environment, double timeout_seconds, std::unique_ptr<Meeting> meeting, std::unique_ptr<Transport> transport, std::unique_ptr<Watch> watch)
+      : rank_(environment.rank), size_(environment.size), timeout_seconds_(timeout_seconds), meeting_(std::move(meeting)), transport_(std::move(transport)), watch_(std::move(watch)) {}
+
+  ~Ranks() override {
+    if (!is_lost_) return;
+    // The transport's destructor would wait for transfers that never end, and the watch goes on seeing to it that the process ends.
+    static_cast<void>(transport_.release());
+    static_cast<void>(watch_.release());
+    static_cast<void>(meeting_.release());
+    in_flight = true;
+  }
+
+  int rank() const override { return rank_; }
+  int size() const override { return size_; }
+  void at_step(std::int64_t step) override { place_.step = step; }
+
+  void check() override {
+    if (const auto loss = watch_->loss()) lost(*loss);
+  }
+
+  void tell_failure(std::string_view message) noexcept override {
+    is_lost_ = true;
+    watch_->fail(message);
+  }
+
+  void barrier(std::string_view what) override {
+    enter(what);
+    const at::Tensor own = at::zeros({1}, at::kByte);
+    finish(transport_->all_gather(at::empty({size_, 1}, at::kByte), own));
+  }
+
+  at::Tensor all_gather(const at::Tensor& own, std::string_view what) override {
+    enter(what);
+    std::vector<std::int64_t> shape = own.sizes().vec();
+    shape.insert(shape.begin(), size_);
+    at::Tensor all = at::empty(shape, own.options());
+    if (own.numel() > 0) finish(transport_->all_gather(all.view({size_, -1}), own.contiguous().view(-1)));
+    return all;
+  }
+
+  at::Tensor reduce_scatter(const at::Tensor& parts, std::string_view what) override {
+    enter(what);
+    if (parts.size(0) != size_) fail(ErrorKind::kBug, "reduce_scatter of ", parts.size(0), " parts among ", size_, " ranks");
+    at::Tensor gathered = at::empty_like(parts, at::MemoryFormat::Contiguous);
+    if (parts.numel() > 0) finish(transport_->all_to_all(gathered.view({size_, -1}), parts.contiguous().view({size_, -1})));
+    return tree_sum(gathered.unbind(0)).contiguous();
+  }
+
+  void broadcast_in_place(std::span<at::Tensor> tensors, int root, std::string_view what) override {
+    enter(what);
+    std::deque<std::unique_ptr<Transfer>> transfers;
+    for (at::Tensor& tensor : tensors) {
+      if (!tensor.is_contiguous()) fail(ErrorKind::kBug, what, ": a tensor to broadcast must be contiguous");
+      if (tensor.numel() == 0) continue;
+      transfers.push_back(transport_->broadcast(tensor.detach().view(-1), root));
+      if (transfers.size() == 16) finish(std::move(transfers.front())), transfers.pop_front();
+    }
+    for (std::unique_ptr<Transfer>& transfer : transfers) finish(std::move(transfer));
+  }
+
+  // A bucket goes through two transfers: each rank gets its share of every other's bucket and adds them up, then all get all sums.
+  void sum_in_place(std::span<at::Tensor> tensors, std::string_view what) override {
+    enter(what);
+    std::vector<at::Tensor> flat;
+    for (at::Tensor& tensor : tensors) {
+      if (!tensor.is_contiguous() || (tensor.scalar_type() != at::kFloat && tensor.scalar_type() != at::kDouble))
+        fail(ErrorKind::kBug, what, ": a tensor to sum must be contiguous f32 or f64");
+      if (tensor.numel() > 0) flat.push_back(tensor.detach().view(-1));
+    }
+    std::deque<Bucket> under_way;
+    for (std::size_t first = 0; first < flat.size();) {
+      const std::int64_t most = kBucketBytes / static_cast<std::int64_t>(flat[first].element_size());
+      Bucket bucket;
+      for (std::int64_t room = most; room > 0 && first < flat.size() && flat[first].scalar_type() == flat.front().scalar_type();) {
+        const std::int64_t taken = std::min(room, flat[first].numel());
+        bucket.pieces.push_back(flat[first].narrow(0, 0, taken));
+        bucket.numel += taken, room -= taken;
+        if (taken == flat[first].numel()) ++first;
+        else flat[first] = flat[first].narrow(0, taken, flat[first].numel() - taken);
+      }
+      if (bucket.pieces.empty()) fail(ErrorKind::kBug, what, ": tensors of different types in one sum");
+      send(bucket);
+      under_way.push_back(std::move(bucket));
+      if (under_way.size() == kBucketsAtOnce) add_up(under_way.front()), under_way.pop_front();
+    }
+    for (Bucket& bucket : under_way) add_up(bucket);
+  }
+
+ private:
+  struct Bucket {
+    std::vector<at::Tensor> pieces;
+    std::int64_t numel = 0;
+    at::Tensor own, gathered;  // [size, share]
+    std::unique_ptr<Transfer> transfer;
+  };
+
+  void send(Bucket& bucket) {
+    const std::int64_t share = (bucket.numel + size_ - 1) / size_;
+    bucket.own = at::empty({size_, share}, bucket.pieces.front().options());
+    at::Tensor flat = bucket.own.view(-1);
+    std::int64_t done = 0;
+    for (const at::Tensor& piece : bucket.pieces) flat.narrow(0, done, piece.numel()).copy_(piece), done += piece.numel();
+    flat.narrow(0, done, flat.numel() - done).zero_();
+    bucket.gathered = at::empty_like(bucket.own);
+    bucket.transfer = transport_->all_to_all(bucket.gathered, bucket.own);
+  }
+
+  void add_up(Bucket& bucket) {
+    finish(std::move(bucket.transfer));
+    const at::Tensor sum = tree_sum(bucket.gathered.unbind(0)).contiguous();
+    finish(transport_->all_gather(bucket.own, sum));
+    const at::Tensor flat = bucket.own.view(-1);
+    std::int64_t done = 0;
+    for (const at::Tensor& piece : bucket.pieces) piece.copy_(flat.narrow(0, done, piece.numel())), done += piece.numel();
+  }
+
+  void enter(std::string_view what) {
+    place_.number += 1;
+    place_.what = what;
+    check();
+    watch_->enter(place_);
+  }
+
+  void finish(std::unique_ptr<Transfer> transfer) {
+    double waited = 0;
+    try {
+      for (auto last = std::chrono::steady_clock::now(); !transfer->wait(kSliceMilliseconds);) {
+        const auto now = std::chrono::steady_clock::now();
+        // A pause of this process (a stopped machine) is nobody's absence.
+        waited += std::min(std::chrono::duration<double>(now - last).count(), 1.0);
+        last = now;
+        if (const auto loss = watch_->loss()) {
+          abandon(std::move(transfer));
+          lost(*loss);
+        }
+        if (waited > timeout_seconds_) watch_->late(waited);
+      }
+    } catch (const Error&) {
+      throw;
+    } catch (const std::exception& error) {
+      const std::string message = error.what();
+      lost(watch_->loss_within(kSecondsForTheWatch).value_or("a connection to another rank broke: " + message.substr(0, message.find('\n'))));
+    }
+  }
+
+  /// The transfer still writes into its tensors, which must stay.
+  static void abandon(std::unique_ptr<Transfer> transfer) { static_cast<void>(transfer.release()); }
+
+  [[noreturn]] void lost(const std::string& loss) {
+    is_lost_ = true;
+    watch_->acknowledge();
+    fail(ErrorKind::kPeer, loss, "; this is rank ", rank_, ", in step ", place_.step, ", ", place_.what, Remedy{"start all ranks again with --resume: they go on from the last checkpoint"});
+  }
+
+  int rank_, size_;
+  double timeout_seconds_;
+  Place place_;
+  bool is_lost_ = false;
+  std::unique_ptr<Meeting> meeting_;
+  std::unique_ptr<Transport> transport_;
+  std::unique_ptr<Watch> watch_;
+};
+
+}  // namespace
+
+bool left_in_flight() { return in_flight; }
+
+std::unique_ptr<Communicator> connect(const LaunchEnvironment& environment, const Patience& patience) {
+  if (environment.size == 1) return single();
+  std::unique_ptr<Meeting> meeting = meet(environment, patience.connect_timeout_seconds);
+  int missing = 0;
+  try {
+    const auto key = [](int rank) { return "here/" + std::to_string(rank); };
+    std::unique_ptr<Watch> watch;
+    if (environment.rank == 0) {
+      watch = Watch::hub(environment.size, environment.host);
+      meeting->set("watch", std::to_string(watch->port()) + " " + watch->token());
+    } else {
+      const std::string said = meeting->get("watch");
+      watch = Watch::member(environment.rank, environment.host, static_cast<std::uint16_t>(std::stoi(said)), said.substr(said.find(' ') + 1), patience.connect_timeout_seconds);
+    }
+    // Rank 0 waits for all and says so; meanwhile the watch tells of a rank that has come and died.
+    meeting->set(key(environment.rank), "");
+    const auto began = std::chrono::steady_clock::now();
+    auto pause = std::chrono::milliseconds(1);
+    const auto wait_for = [&](const std::string& awaited) {
+      while (!meeting->has(awaited)) {
+        if (const auto loss = watch->loss()) {
+          watch->acknowledge();
+          fail(ErrorKind::kPeer, *loss, "; this is rank ", environment.rank, ", at the meeting of the ranks", Remedy{"start all ranks again"});
+        }
+        if (std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count() > patience.connect_timeout_seconds) return false;
+        std::this_thread::sleep_for(pause);
+        pause = std::min(2 * pause, std::chrono::milliseconds(200));
+      }
+      return true;
+    };
+    if (environment.rank == 0) {
+      while (missing < environment.size && wait_for(key(missing))) ++missing;
+      if (missing == environment.size) meeting->set("all", "");
+    } else if (wait_for("all")) {
+      missing = environment.size;
+    } else {
+      while (missing < environment.size && meeting->has(key(missing))) ++missing;
+    }
+    if (missing < environment.size) throw std::runtime_error("not all have come");
+    std::unique_ptr<Transport> transport = meeting->gloo();
+    auto ranks = std::make_unique<Ranks>(environment, patience.timeout_seconds, std::move(meeting), std::move(transport), std::move(watch));
+    ranks->barrier("meeting");
+    return ranks;
+  } catch (const Error&) {
+    throw;
+  } catch (const std::exception& error) {
+    const std::string message = error.what();
+    const std::string who = missing < environment.size ? "rank " + std::to_string(missing) + " of " + std::to_string(environment.size) + " has not come within " + std::to_string(static_cast<int>(patience.connect_timeout_seconds)) + " s"
+                                                       : "the ranks cannot connect to each other: " + message.substr(0, message.find('\n'));
+    fail(ErrorKind::kPeer, who, " (", environment.launcher, ": ", environment.variables, ")",
+         Remedy{"start all of them at about the same time; check MASTER_ADDR, MASTER_PORT and WORLD_SIZE, and that machines reach each other (GLOO_SOCKET_IFNAME chooses a network interface)"});
+  }
+}
+
+}  // namespace alambic::parallel
