@@ -6,6 +6,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,7 @@ def main(folder):
               ("recovered by text alone", folder / "by-text" / reports["by-text"]["result"], "student-heldout"),
               ("recovered by distillation", folder / "distilled" / reports["distilled"]["result"], "student-heldout")]
     print(f"\nHeld-out chapter, {reports['distilled']['tokens']} tokens of training each; llama.cpp reads 128 tokens, then makes 64, on {os.cpu_count()} cores:")
-    print(f"  {'':<28}{'parameters':>12}{'file':>10}{'bits per byte':>15}{'reads':>10}{'makes tokens/s':>16}")
+    print(f"  {'':<28}{'':<6}{'parameters':>12}{'file':>10}{'bits per byte':>15}{'reads':>10}{'makes tokens/s':>16}")
     with tempfile.TemporaryDirectory() as scratch:
         llama = llamacpp.LlamaCpp(scratch)
         for name, model, store in models:
@@ -37,12 +38,13 @@ def main(folder):
             for kind in ("bf16", "q4_k_m"):
                 if kind == "q4_k_m" and name == "pruned":
                     continue
-                file = folder / "gguf" / f"{name.replace(' ', '-')}-{kind}.gguf"
-                file.parent.mkdir(exist_ok=True)
-                file.unlink(missing_ok=True)
-                made = asked("export", model, file, "--type", kind, "--evaluate", folder / "stores" / store, "--max-tokens", 40000)
+                place = folder / "gguf" / f"{name.replace(' ', '-')}-{kind}"  # the card lies beside the file
+                shutil.rmtree(place, ignore_errors=True)
+                place.mkdir(parents=True)
+                file = place / "model.gguf"
+                made = asked("export", model, file, "--type", kind, "--evaluate", folder / "stores" / store, "--max-tokens", 20000)
                 reads, makes = llama.speed(file)
-                print(f"  {name + ', ' + kind.upper():<28}{parameters / 1e6:>10.1f} M{file.stat().st_size / 1e6:>7.0f} MB{made['evaluation']['bits_per_byte_after']:>15.3f}{reads:>10.0f}{makes:>16.0f}")
+                print(f"  {name + ', ' + kind.upper():<34}{parameters / 1e6:>10.1f} M{file.stat().st_size / 1e6:>7.0f} MB{made['evaluation']['bits_per_byte_after']:>15.3f}{reads:>10.0f}{makes:>16.0f}")
 
 
 if __name__ == "__main__":
