@@ -167,6 +167,8 @@ class Attempt {
   std::pair<int, bool> outcome() {
     bool any_lost = false;
     for (const auto& [number, status] : ends_) {
+      // A wish to stop that came before the rank could listen to it: there is nothing to save, and --resume begins.
+      if (was_stopped_ && WIFSIGNALED(status) && std::find(kForwarded.begin(), kForwarded.end(), WTERMSIG(status)) != kForwarded.end()) return {exit_code(ErrorKind::kStopped), false};
       const bool lost = WIFSIGNALED(status) || WEXITSTATUS(status) == exit_code(ErrorKind::kPeer);
       if (!lost && WEXITSTATUS(status) != 0) return {WEXITSTATUS(status), false};
       any_lost |= lost;

@@ -169,7 +169,7 @@ class Ranks : public Communicator {
       throw;
     } catch (const std::exception& error) {
       const std::string message = error.what();
-      lost(watch_->loss_within(kSecondsForTheWatch).value_or("a connection to another rank broke: " + message.substr(0, message.find('\n'))));
+      lost(watch_->loss_within(kSecondsForTheWatch).value_or("a connection to another rank broke: " + message.substr(0, std::min(message.find('\n'), message.find(". ")))));
     }
   }
 

@@ -179,7 +179,7 @@ class Loop {
     progress_.optimizer_steps = parts_.optimizer.num_steps();
     NamedTensors tensors = parts_.optimizer.state();
     for (auto& [name, tensor] : parts_.base_state()) tensors.emplace_back(name, tensor);
-    parallel::require_agreement(parts_.ranks, {{"step", progress_.step}, {"weights", checksum(tensors)}}, "what is to be saved");
+    if (parts_.ranks.size() > 1) parallel::require_agreement(parts_.ranks, {{"step", progress_.step}, {"weights", checksum(tensors)}}, "what is to be saved");
     if (writes_)
       checkpoints::save_checkpoint(parts_.run, {.step = progress_.step, .tensors = tensors, .progress = to_json(progress_), .identity = parts_.identity},
                                    parts_.write_result);

@@ -160,27 +160,39 @@ class Launch(unittest.TestCase):
 
     def test_a_hung_rank_ends_all_after_the_timeout(self):
         for victim in (0, 1):
-            process = self.scene.start(f"hung{victim}", "--set", "limits.max_steps=100000", "--set", "ranks.timeout=3")
+            process = self.scene.start(f"hung{victim}", "--set", "limits.max_steps=100000", "--set", "ranks.timeout=5")
             wait_until(lambda run=f"hung{victim}": self.scene.steps_done(run) >= 5)
             pids = self.pids(process)
             began = time.monotonic()
             os.kill(pids[victim], signal.SIGSTOP)
-            wait_until(lambda other=pids[1 - victim]: not is_alive(other), 3 + 10, "the end of the other rank")
-            self.assertGreater(time.monotonic() - began, 3)
+            wait_until(lambda other=pids[1 - victim]: not is_alive(other), 5 + 10, "the end of the other rank")
+            self.assertGreater(time.monotonic() - began, 5)
             _, err = process.communicate(timeout=60)
             self.assertEqual(process.returncode, 7, err)
             self.assertRegex(err, rf"\[rank {1 - victim}\] alambic: rank {victim} hangs in step \d+, [a-z ]+: .*; this is rank {1 - victim}, in step \d+, ")
             self.assertIn(f"rank {victim} did not end by itself and was killed", err)
             self.assertFalse(any(map(is_alive, pids.values())))
 
+    def test_a_wish_to_stop_at_any_moment_ends_with_75(self):
+        for number in range(8):
+            process = self.scene.start("early75", "--set", "limits.max_steps=100000", "--resume")
+            wait_until(lambda process=process: len(children(process.pid)) == 2, what="the start of both ranks")
+            time.sleep(0.12 * number)
+            process.send_signal((signal.SIGTERM, signal.SIGUSR1)[number % 2])
+            _, err = process.communicate(timeout=60)
+            self.assertEqual(process.returncode, 75, err)
+
     def test_no_rank_outlives_a_killed_launch(self):
-        process = self.scene.start("orphans", "--set", "limits.max_steps=100000")
-        wait_until(lambda: self.scene.steps_done("orphans") >= 2)
-        pids = self.pids(process)
-        os.kill(pids[1], signal.SIGSTOP)  # not even one that does not run
-        process.kill()
-        wait_until(lambda: not any(map(is_alive, pids.values())), 10, "the end of all ranks")
-        process.communicate()
+        for one_is_stopped in (False, True):
+            run = f"orphans{one_is_stopped}"
+            process = self.scene.start(run, "--set", "limits.max_steps=100000")
+            wait_until(lambda run=run: self.scene.steps_done(run) >= 2)
+            pids = self.pids(process)
+            if one_is_stopped:
+                os.kill(pids[1], signal.SIGSTOP)
+            process.kill()
+            wait_until(lambda pids=pids: not any(map(is_alive, pids.values())), 10, "the end of all ranks")
+            process.communicate()
 
     def by_hand(self, configs, port=None, seconds=60):
         """Starts a rank for each config by plain variables; returns (exit code, stderr) of each."""
@@ -287,11 +299,11 @@ class Launch(unittest.TestCase):
 
     def test_a_run_of_one_rank_may_be_gone_on_with_by_two_with_a_warning(self):
         plain = ("--set", "deterministic=false")
-        process = subprocess.Popen(self.scene.words("warned", *plain, "--set", "limits.max_steps=2000"), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(self.scene.words("warned", *plain, "--set", "limits.max_steps=400"), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_until(lambda: self.scene.steps_done("warned") >= 3)
         process.terminate()
         self.assertEqual(process.wait(timeout=60), 75)
-        done = self.scene.train("warned", *plain, "--set", "limits.max_steps=2000", "--set", "log_every=100", "--resume", ranks=2)
+        done = self.scene.train("warned", *plain, "--set", "limits.max_steps=400", "--set", "log_every=100", "--resume", ranks=2)
         self.assertIn("ranks: absent then, 2 now", done.stderr)
 
 
