@@ -18,7 +18,7 @@
 #include "models/fused_blocks.h"
 #include "tests/closeness.h"
 #include "tests/support.h"
-#include "tests/train/tiny_run.h"
+#include "tests/distill/tiny_run.h"
 #include "train/memory.h"
 #include "train/run_folder.h"
 
@@ -30,7 +30,10 @@ using testing::fails_with;
 using testing::Golden;
 using testing::is_close;
 using testing::is_close_to_scale;
+using testing::number;
+using testing::other_model;
 using testing::ScratchFolder;
+using testing::steps_of;
 
 const auto never = [] { return false; };
 /// The loop asks before each step and after each micro-batch, so three a step.
@@ -38,24 +41,11 @@ auto after_questions(int at) {
   return [at, asked = 0]() mutable { return ++asked >= at; };
 }
 
-fs::path other_model() { return testing::golden_path("peft/llama_untied"); }
-
 DistillConfig tiny_config(const fs::path& folder, const std::string& run, const fs::path& teacher) {
-  DistillConfig config{.train = testing::tiny_config(folder, run), .distill = {}};
-  config.distill.teachers = {{.model = teacher}};
+  DistillConfig config = testing::tiny_config(folder, run, teacher);
   config.distill.divergence.temperature = 2;
   return config;
 }
-
-std::vector<Json> steps_of(const fs::path& run) {
-  std::vector<Json> steps;
-  std::ifstream lines(run / "metrics.jsonl");
-  for (std::string line; std::getline(lines, line);)
-    if (const Json json = parse_json(line, "metrics"); json["kind"] == "train") steps.push_back(json);
-  return steps;
-}
-
-double number(const Json& json, const char* key) { return json[key].get<double>(); }
 
 TEST(Distill, AStepIsTransformersStep) {  // tests/oracle/distill_step_oracle.py
   const Golden peft("distill_step.safetensors");

@@ -29,7 +29,7 @@
 #include "tests/closeness.h"
 #include "tests/models/tiny_model.h"
 #include "tests/support.h"
-#include "tests/train/tiny_run.h"
+#include "tests/distill/tiny_run.h"
 #include "train/step.h"
 
 namespace alambic::distill {
@@ -40,7 +40,9 @@ using testing::fails_with;
 using testing::Golden;
 using testing::is_close;
 using testing::is_close_to_scale;
+using testing::number;
 using testing::ScratchFolder;
+using testing::steps_of;
 
 const auto never = [] { return false; };
 
@@ -371,22 +373,11 @@ fs::path wide_teacher(const ScratchFolder& folder) {
 }
 
 DistillConfig tiny_config(const fs::path& folder, const std::string& run, const fs::path& teacher, const MatchConfig& match) {
-  DistillConfig config{.train = testing::tiny_config(folder, run), .distill = {}};
-  config.distill.teachers = {{.model = teacher}};
+  DistillConfig config = testing::tiny_config(folder, run, teacher);
   config.distill.match = match;
   config.train.threads = 1;  // of many small products, each of which would wait for the other thread
   return config;
 }
-
-std::vector<Json> steps_of(const fs::path& run) {
-  std::vector<Json> steps;
-  std::ifstream lines(run / "metrics.jsonl");
-  for (std::string line; std::getline(lines, line);)
-    if (const Json json = parse_json(line, "metrics"); json["kind"] == "train") steps.push_back(json);
-  return steps;
-}
-
-double number(const Json& json, const char* key) { return json[key].get<double>(); }
 
 const MatchConfig kAcross{.hidden = 0.5, .attention = 2, .relation_heads = 2};  // of wide_teacher
 

@@ -23,7 +23,7 @@
 #include "models/generate.h"
 #include "tests/closeness.h"
 #include "tests/support.h"
-#include "tests/train/tiny_run.h"
+#include "tests/distill/tiny_run.h"
 #include "train/run_folder.h"
 
 namespace alambic::distill {
@@ -34,30 +34,20 @@ using testing::fails_with;
 using testing::Golden;
 using testing::is_close;
 using testing::is_close_to_scale;
+using testing::number;
+using testing::other_model;
 using testing::ScratchFolder;
+using testing::steps_of;
 
 const auto never = [] { return false; };
 const auto everyone = [](const data::Origin&) { return true; };
 
-fs::path other_model() { return testing::golden_path("peft/llama_untied"); }
-
 DistillConfig tiny_config(const fs::path& folder, const std::string& run, const fs::path& teacher) {
-  DistillConfig config{.train = testing::tiny_config(folder, run), .distill = {}};
-  config.distill.teachers = {{.model = teacher}};
+  DistillConfig config = testing::tiny_config(folder, run, teacher);
   config.distill.alpha = 0.75;
   config.distill.on_policy = {.lambda = 1, .max_new_tokens = 6, .prompt_tokens = 4};
   return config;
 }
-
-std::vector<Json> steps_of(const fs::path& run) {
-  std::vector<Json> steps;
-  std::ifstream lines(run / "metrics.jsonl");
-  for (std::string line; std::getline(lines, line);)
-    if (const Json json = parse_json(line, "metrics"); json["kind"] == "train") steps.push_back(json);
-  return steps;
-}
-
-double number(const Json& json, const char* key) { return json[key].get<double>(); }
 
 std::vector<std::int64_t> ids_of(const at::Tensor& tensor) {
   const at::Tensor flat = tensor.contiguous();

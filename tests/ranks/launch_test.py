@@ -8,34 +8,17 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
 import unittest
 
-from scene import Scene, children, environment, is_alive, kill_ranks, rank_of, wait_until, write_tiny_model
+from scene import Scene, WithScene, children, environment, free_port, is_alive, kill_ranks, rank_of, wait_until, write_tiny_model
 
-ALAMBIC = os.path.abspath(sys.argv.pop(1))
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+ALAMBIC = WithScene.alambic = os.path.abspath(sys.argv.pop(1))
 
 
-class Launch(unittest.TestCase):
-    @classmethod
-    def setUpClass(cls):
-        cls.scene = Scene(ALAMBIC)
-        cls.scene.train("whole")
-        cls.whole = cls.scene.fingerprint("whole")
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.scene.close()
-
+class Launch(WithScene):
     def pids(self, process, ranks=2):
         """Processes by rank, once all of them are the program."""
         wait_until(lambda: sorted(rank_of(pid) for pid in children(process.pid) if rank_of(pid) is not None) == list(range(ranks)), what="all ranks")

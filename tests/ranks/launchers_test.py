@@ -15,9 +15,9 @@ import tempfile
 import time
 import unittest
 
-from scene import Scene, environment, is_alive, wait_until
+from scene import Scene, WithScene, environment, free_port, is_alive, wait_until
 
-ALAMBIC = os.path.abspath(sys.argv.pop(1))
+ALAMBIC = WithScene.alambic = os.path.abspath(sys.argv.pop(1))
 TORCHRUN = os.path.abspath(sys.argv.pop(1))
 
 
@@ -27,17 +27,7 @@ def missing(*programs):
     return f"{', '.join(absent)} not installed: run scripts/setup.sh --oracle" if absent else ""
 
 
-class WithScene(unittest.TestCase):
-    @classmethod
-    def setUpClass(cls):
-        cls.scene = Scene(ALAMBIC)
-        cls.scene.train("whole")
-        cls.whole = cls.scene.fingerprint("whole")
-
-    @classmethod
-    def tearDownClass(cls):
-        cls.scene.close()
-
+class Launched(WithScene):
     def finish(self, words, code=0, env=None, seconds=200):
         done = subprocess.run([str(word) for word in words], env=env or environment(), capture_output=True, text=True, timeout=seconds)
         self.assertEqual(done.returncode, code, f"{done.stdout}\n{done.stderr}")
@@ -45,7 +35,7 @@ class WithScene(unittest.TestCase):
 
 
 @unittest.skipIf(missing(TORCHRUN), missing(TORCHRUN))
-class Torchrun(WithScene):
+class Torchrun(Launched):
     def test_two_ranks(self):
         self.finish([TORCHRUN, "--no-python", "--nproc-per-node", "2", "--master-port", free_port(), *self.scene.words("static")])
         self.assertEqual(self.scene.fingerprint("static"), self.whole)
@@ -80,7 +70,7 @@ def command_of(process):
 
 
 @unittest.skipIf(missing("mpirun"), missing("mpirun"))
-class Mpirun(WithScene):
+class Mpirun(Launched):
     WORDS = ["mpirun", "--allow-run-as-root", "--oversubscribe"]
 
     def test_two_and_four_ranks(self):
@@ -96,15 +86,9 @@ class Mpirun(WithScene):
 SLURM = ("munged", "slurmctld", "slurmd", "srun", "sbatch")
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @unittest.skipIf(missing(*SLURM), missing(*SLURM))
 @unittest.skipIf(os.getuid() != 0, "Slurm's daemons are started here as root only")
-class Srun(WithScene):
+class Srun(Launched):
     """A Slurm of one node, with daemons of this test's own."""
 
     @classmethod

@@ -6,10 +6,12 @@ import os
 import pathlib
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import unittest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from tiny_model import write_tiny_model  # noqa: E402
@@ -42,6 +44,27 @@ def environment(**more):
     own = {name: value for name, value in os.environ.items()
            if not name.startswith(("SLURM", "OMPI", "PMIX", "ALAMBIC", "TORCHELASTIC")) and name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
     return own | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"} | more
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class WithScene(unittest.TestCase):
+    """A scene for all tests of a class, and what a run that nothing disturbs leaves there."""
+    alambic = None  # set before the tests run
+
+    @classmethod
+    def setUpClass(cls):
+        cls.scene = Scene(cls.alambic)
+        cls.scene.train("whole")
+        cls.whole = cls.scene.fingerprint("whole")
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.scene.close()
 
 
 class Scene:
