@@ -21,22 +21,6 @@
 namespace alambic {
 namespace {
 
-// A descriptor that closes itself.
-class Descriptor {
- public:
-  explicit Descriptor(int value) : value_(value) {}
-  ~Descriptor() {
-    if (value_ >= 0) ::close(value_);
-  }
-  Descriptor(const Descriptor&) = delete;
-  Descriptor& operator=(const Descriptor&) = delete;
-  int get() const { return value_; }
-  int release() { return std::exchange(value_, -1); }
-
- private:
-  int value_;
-};
-
 [[noreturn]] void fail_writing(const fs::path& path, const char* what, int code) {
   fail(ErrorKind::kResource, path.string(), ": ", what, ": ", std::strerror(code),
        code == ENOSPC || code == EDQUOT ? Remedy{"free some space or choose another output folder"}
@@ -58,6 +42,10 @@ std::uint64_t size_of_regular(int descriptor, const fs::path& path) {
 }
 
 }  // namespace
+
+void Descriptor::close() {
+  if (value_ >= 0) ::close(release());
+}
 
 struct Sha256::State {
   EVP_MD_CTX* context = EVP_MD_CTX_new();

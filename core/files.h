@@ -9,6 +9,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace alambic {
@@ -36,6 +37,25 @@ std::string sha256_of_file(const fs::path& path);
 
 /// The whole file; Error(kData) if it is missing, not a regular file, or larger than max_bytes (checked before allocating).
 std::string read_file(const fs::path& path, std::uint64_t max_bytes = 1ull << 30);
+
+/// A file descriptor or socket that closes itself; -1: none.
+class Descriptor {
+ public:
+  explicit Descriptor(int value = -1) : value_(value) {}
+  ~Descriptor() { close(); }
+  Descriptor(Descriptor&& other) noexcept : value_(other.release()) {}
+  Descriptor& operator=(Descriptor&& other) noexcept {
+    std::swap(value_, other.value_);
+    return *this;
+  }
+  int get() const { return value_; }
+  bool is_open() const { return value_ >= 0; }
+  int release() { return std::exchange(value_, -1); }
+  void close();
+
+ private:
+  int value_;
+};
 
 /// A file being written under a temporary name beside `path`. commit() fsyncs it, renames it and fsyncs the folder;
 /// without commit() the destructor removes it. The SHA-256 is taken while writing.

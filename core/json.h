@@ -16,8 +16,8 @@ using Json = nlohmann::ordered_json;
 
 /// What a document may take in memory besides twice its text: what is written in three bytes ("[],") is held in fifty.
 inline constexpr std::size_t kUsualJson = 64 << 20;
-/// Of a vocabulary: a quarter of a million tokens and half a million merges (Gemma) are some 400 MB.
-inline constexpr std::size_t kVocabularyJson = 1 << 30;
+/// Of a vocabulary: a quarter of a million tokens and half a million merges (Gemma 3) take about 150 MB.
+inline constexpr std::size_t kVocabularyJson = 512 << 20;
 
 /// Throws Error(kData) "<source>: ..." with the byte offset. source names the file (and line) in messages.
 Json parse_json(std::string_view text, std::string_view source, std::size_t most_held = kUsualJson);

@@ -24,6 +24,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "core/files.h"
 
 extern char** environ;
 
@@ -34,25 +35,6 @@ using Clock = std::chrono::steady_clock;
 constexpr double kGraceSeconds = 12;  // for the others, when one has ended badly: they see it within 10
 constexpr std::size_t kLongestLine = 1 << 16;
 constexpr std::array<int, 3> kForwarded = {SIGTERM, SIGINT, SIGUSR1};
-
-class Descriptor {
- public:
-  explicit Descriptor(int number = -1) : number_(number) {}
-  ~Descriptor() { close(); }
-  Descriptor(Descriptor&& other) noexcept : number_(std::exchange(other.number_, -1)) {}
-  Descriptor& operator=(Descriptor&& other) noexcept {
-    std::swap(number_, other.number_);
-    return *this;
-  }
-  int get() const { return number_; }
-  bool is_open() const { return number_ >= 0; }
-  void close() {
-    if (number_ >= 0) ::close(std::exchange(number_, -1));
-  }
-
- private:
-  int number_;
-};
 
 struct Rank {
   pid_t process = -1;

@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "core/files.h"
 #include "parallel/communicator.h"
 
 namespace alambic::parallel {
@@ -47,28 +48,9 @@ LastWord& last_word_slot() {
 
 double seconds_since(Clock::time_point then) { return std::chrono::duration<double>(Clock::now() - then).count(); }
 
-class Socket {
- public:
-  explicit Socket(int descriptor = -1) : descriptor_(descriptor) {}
-  ~Socket() { close(); }
-  Socket(Socket&& other) noexcept : descriptor_(std::exchange(other.descriptor_, -1)) {}
-  Socket& operator=(Socket&& other) noexcept {
-    std::swap(descriptor_, other.descriptor_);
-    return *this;
-  }
-  int get() const { return descriptor_; }
-  bool is_open() const { return descriptor_ >= 0; }
-  void close() {
-    if (descriptor_ >= 0) ::close(std::exchange(descriptor_, -1));
-  }
-
- private:
-  int descriptor_;
-};
-
 /// What a rank last said, as the hub (or, of the hub, a member) knows it.
 struct Peer {
-  Socket socket;
+  Descriptor socket;
   std::string received;     // up to the next end of line
   Place place = {};
   double silent_seconds = 0;
@@ -82,7 +64,7 @@ std::string one_line(std::string_view text) {
 }
 
 /// A line is short and a socket's buffer is not, so this does not wait; a peer that reads nothing for so long that the buffer fills misses lines.
-void send_line(const Socket& socket, const std::string& line) {
+void send_line(const Descriptor& socket, const std::string& line) {
   if (socket.is_open()) static_cast<void>(::send(socket.get(), (line + "\n").data(), line.size() + 1, MSG_NOSIGNAL | MSG_DONTWAIT));
 }
 
@@ -145,15 +127,15 @@ std::uint16_t bound_port(int descriptor) {
   return ntohs(address.ss_family == AF_INET6 ? reinterpret_cast<sockaddr_in6*>(&address)->sin6_port : reinterpret_cast<sockaddr_in*>(&address)->sin_port);
 }
 
-Socket listening_on(const std::string& host) {
+Descriptor listening_on(const std::string& host) {
   const Addresses own(host, 0);
   for (const addrinfo* address = own.first; address != nullptr; address = address->ai_next) {
-    Socket socket(::socket(address->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    Descriptor socket(::socket(address->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0));
     if (socket.is_open() && ::bind(socket.get(), address->ai_addr, address->ai_addrlen) == 0 && ::listen(socket.get(), 1024) == 0) return socket;
   }
   // The host is a name or an address that others use for this machine; then any of its own will do.
   for (const int family : {AF_INET6, AF_INET}) {
-    Socket socket(::socket(family, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    Descriptor socket(::socket(family, SOCK_STREAM | SOCK_CLOEXEC, 0));
     if (!socket.is_open()) continue;
     sockaddr_storage any{};
     any.ss_family = static_cast<sa_family_t>(family);
@@ -173,7 +155,7 @@ std::string random_token() {
 
 struct Watch::State {
   int rank = 0, size = 1;
-  Socket listener, wake_read, wake_write;
+  Descriptor listener, wake_read, wake_write;
   std::string token;
   std::map<int, Peer> peers;          // of the hub: all others; of a member: rank 0 alone
   std::vector<Peer> strangers;        // connected, not yet introduced
@@ -193,7 +175,7 @@ struct Watch::State {
   void start() {
     int ends_of_pipe[2];
     if (::pipe2(ends_of_pipe, O_CLOEXEC | O_NONBLOCK) != 0) alambic::fail(ErrorKind::kResource, "pipe: ", std::strerror(errno));
-    wake_read = Socket(ends_of_pipe[0]), wake_write = Socket(ends_of_pipe[1]);
+    wake_read = Descriptor(ends_of_pipe[0]), wake_write = Descriptor(ends_of_pipe[1]);
     thread = std::thread([this] { work(); });
   }
 
@@ -270,7 +252,7 @@ struct Watch::State {
   }
 
   void admit() {
-    Socket socket(::accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC));
+    Descriptor socket(::accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC));
     if (!socket.is_open()) return;
     const int yes = 1;
     ::setsockopt(socket.get(), IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
@@ -393,7 +375,7 @@ std::unique_ptr<Watch> Watch::member(int rank, const std::string& host, std::uin
     const Addresses there(host, port);
     if (there.problem != 0) problem = ::gai_strerror(there.problem);
     for (const addrinfo* address = there.first; address != nullptr; address = address->ai_next) {
-      Socket socket(::socket(address->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0));
+      Descriptor socket(::socket(address->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0));
       if (socket.is_open() && ::connect(socket.get(), address->ai_addr, address->ai_addrlen) == 0) {
         const int yes = 1;
         ::setsockopt(socket.get(), IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
