@@ -16,7 +16,6 @@
 #include <ATen/ops/randn.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/zeros.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
 #include <cmath>
@@ -30,6 +29,7 @@
 #include "models/norm.h"
 #include "models/rope.h"
 #include "train/base_state.h"
+#include "train/known_gradients.h"
 
 namespace alambic::distill {
 namespace {
@@ -37,21 +37,6 @@ namespace {
 constexpr std::int64_t kScoresAtOnce = 1 << 16;  // of a thread; some six tensors of this size exist at a time
 constexpr std::int64_t kLeastRows = 64;           // that a block of rows spans under a narrow window, where the budget allows
 constexpr double kTiny = 1e-12;                  // under a norm: a stream of zeros has no direction
-
-// A number whose gradients by `inputs` are known already.
-struct KnownGradients : torch::autograd::Function<KnownGradients> {
-  static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& value, at::TensorList /*inputs*/, torch::autograd::variable_list gradients) {
-    context->save_for_backward(std::move(gradients));
-    return value.clone();
-  }
-  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context, torch::autograd::variable_list output_gradients) {
-    const double factor = output_gradients.at(0).item<double>();
-    torch::autograd::variable_list result(1);  // nothing flows into the value
-    for (const at::Tensor& gradient : context->get_saved_variables()) result.push_back(gradient * factor);
-    result.emplace_back();  // nor into the gradients
-    return result;
-  }
-};
 
 bool contains(const std::vector<std::string>& list, const char* name) { return std::find(list.begin(), list.end(), name) != list.end(); }
 
@@ -179,7 +164,7 @@ at::Tensor relation_divergence_sum(const Relation& student, const Relation& teac
   const at::Tensor value = at::scalar_tensor(sum, at::kDouble);
   if (!differentiable) return value;
   const auto gradient = [](const at::Tensor& d_HTS, const at::Tensor& like) { return d_HTS.transpose(0, 1).to(like.scalar_type()); };
-  return KnownGradients::apply(value, at::TensorList{student.left_THS, student.right_THS}, torch::autograd::variable_list{gradient(d_left_HTS, student.left_THS), gradient(d_right_HTS, student.right_THS)});
+  return train::KnownGradients::apply(value, at::TensorList{student.left_THS, student.right_THS}, torch::autograd::variable_list{gradient(d_left_HTS, student.left_THS), gradient(d_right_HTS, student.right_THS)});
 }
 
 models::Observer filling(States& into, const MatchConfig& config, const models::Decoder& decoder, const data::Batch& batch, std::uint64_t dropout_seed, const at::Tensor& index_K) {

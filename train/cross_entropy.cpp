@@ -9,7 +9,6 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/autograd.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
 #include <numeric>
@@ -21,29 +20,12 @@
 #include "models/head_product.h"
 #include "models/product.h"
 #include "models/row_kernels.h"
+#include "train/known_gradients.h"
 
 namespace alambic::train {
 namespace {
 
-using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-// A number whose gradients are known already: one for each of `inputs`. (Function::apply sees tensors in an at::TensorList as
-// differentiable inputs; those in a std::vector it passes through.)
-struct KnownGradients : torch::autograd::Function<KnownGradients> {
-  static at::Tensor forward(AutogradContext* context, const at::Tensor& value, at::TensorList /*inputs*/, variable_list gradients) {
-    context->save_for_backward(std::move(gradients));
-    return value.clone();
-  }
-  static variable_list backward(AutogradContext* context, variable_list output_gradients) {
-    const double factor = output_gradients.at(0).item<double>();
-    variable_list result(1);  // nothing flows into the value
-    // In place: the gradients are ours alone, that of a trained head is as large as it, and a second backward pass is not supported.
-    for (at::Tensor& gradient : context->get_saved_variables()) result.push_back(gradient.mul_(factor));
-    result.emplace_back();    // nor into the gradients
-    return result;
-  }
-};
 
 struct Rows {
   at::Tensor index_K, targets_K;
