@@ -47,6 +47,7 @@ CachedPass::CachedPass(KeyValueCache& cache, const std::vector<std::int64_t>& ro
   alike_ = true;
   for (std::size_t i = 0; i < rows_.size(); ++i) {
     if (rows_[i] < 0 || rows_[i] >= static_cast<std::int64_t>(cache.lengths_B.size())) fail(ErrorKind::kBug, "document ", rows_[i], " of a key-value cache of ", cache.lengths_B.size());
+    if (i > 0 && rows_[i] <= rows_[i - 1]) fail(ErrorKind::kBug, "document ", rows_[i], " of a key-value cache behind ", rows_[i - 1], "; they must rise");
     const std::int64_t kept = cache.lengths_B[static_cast<std::size_t>(rows_[i])];
     (kept == 0 ? first_ : more) = true;
     if (kept > 0 && new_lengths_[i] != 1) fail(ErrorKind::kBug, new_lengths_[i], " new tokens behind ", kept, " of a key-value cache; 1 at a time");
@@ -80,7 +81,7 @@ at::Tensor CachedPass::attend_to_one_more(at::Tensor& keys_BKCS, at::Tensor& val
   const std::int64_t begin = alike_ && window > 0 ? std::max<std::int64_t>(0, longest_ - window) : 0;
   const at::Tensor place = places_N_.view({N, 1, 1, 1}).expand({N, K, 1, S});
   const auto with = [&](at::Tensor& cache_BKCS, const at::Tensor& x_NKS) {
-    if (N == cache_BKCS.size(0)) return cache_BKCS.scatter_(2, place, x_NKS.unsqueeze(2)).narrow(2, begin, longest_ - begin);  // all, and rows rise
+    if (N == cache_BKCS.size(0)) return cache_BKCS.scatter_(2, place, x_NKS.unsqueeze(2)).narrow(2, begin, longest_ - begin);  // all of them, in order
     const at::Tensor chosen_NKCS = cache_BKCS.index_select(0, rows_N_).scatter_(2, place, x_NKS.unsqueeze(2));
     cache_BKCS.index_copy_(0, rows_N_, chosen_NKCS);
     return chosen_NKCS.narrow(2, begin, longest_ - begin);

@@ -31,7 +31,7 @@ struct KeyValueCache {
 /// exactly one token of each. Error(kBug): anything else, or no room.
 class CachedPass {
  public:
-  /// rows_N: which of the cache's documents; new_lengths_N: how many tokens of each.
+  /// rows_N: which of the cache's documents, rising; new_lengths_N: how many tokens of each.
   CachedPass(KeyValueCache& cache, const std::vector<std::int64_t>& rows_N, const std::vector<std::int64_t>& new_lengths_N);
   /// Keeps the layer's keys and values and lets the queries see all that their document has: [T, H S], as Documents::attend.
   at::Tensor attend(std::size_t layer, const at::Tensor& q_THS, const at::Tensor& k_TKS, const at::Tensor& v_TKS, Documents& documents, double scale, std::int64_t window);

@@ -63,6 +63,8 @@ TEST_P(GenerateTest, CachedStepsEqualOnePass) {
   EXPECT_TRUE(fails_with(ErrorKind::kBug, "2 new tokens behind 8", [&] { CachedPass(cache, {1}, {2}); }));
   EXPECT_TRUE(fails_with(ErrorKind::kBug, "some are new", [&] { CachedPass(cache, {0, 1}, {1, 1}); }));
   EXPECT_TRUE(fails_with(ErrorKind::kBug, "holds 8 tokens, 9 are needed", [&] { CachedPass(cache, {1}, {1}); }));
+  KeyValueCache other(decoder, 2, 4);
+  EXPECT_TRUE(fails_with(ErrorKind::kBug, "0 of a key-value cache behind 1; they must rise", [&] { CachedPass(other, {1, 0}, {1, 1}); }));
   cache.make_room(9);
   EXPECT_EQ(cache.capacity(), 16);
   EXPECT_TRUE(cache.keys_BKCS[0].narrow(2, 8, 8).eq(0).all().item<bool>());
