@@ -4,9 +4,12 @@
 #include <ostream>
 
 #include "cli/verbs.h"
+#include "core/config.h"
 #include "core/error.h"
+#include "distill/distill.h"
 #include "parallel/launch_environment.h"
 #include "parallel/local_ranks.h"
+#include "train/train_config.h"
 
 namespace alambic::cli {
 namespace {
@@ -33,6 +36,9 @@ int run_launch(const Arguments& arguments, const Terminal& terminal) {
   }
   if (verb == "distill" && (parsed.has("cache") || parsed.has("generate")))
     fail(ErrorKind::kUsage, "launch: distill --cache and --generate work in one process", Remedy{"alambic distill ... without launch"});
+  const std::string& config = parsed.positional(0);
+  if (verb == "distill") distill::check(read_config<distill::DistillConfig>(config, parsed.texts("set")));
+  else train::check(read_config<train::TrainConfig>(config, parsed.texts("set")));
   ranks.again = ranks.command;
   if (!parsed.has("resume")) ranks.again.push_back("--resume");
   return parallel::run_local_ranks(ranks, terminal.err);
