@@ -58,7 +58,7 @@ struct Relation {
 };
 
 /// sum over rows k of weight_k, mean over heads, of KL(teacher's row index_k | student's), an f64 scalar: MiniLM, arXiv:2002.10957,
-/// sections 3.1 and 3.2, causal. Row i sees the tokens j <= i of its document with i - j < window (0: all of them). Scores exist for a block
+/// causal. Row i sees the tokens j <= i of its document with i - j < window (0: all of them). Scores exist for a block
 /// of rows of one document and head at a time, and what is kept of them is the gradient. index_K: ascending. The result does not
 /// depend on the number of threads.
 at::Tensor relation_divergence_sum(const Relation& student, const Relation& teacher, const std::vector<std::int64_t>& document_lengths, std::int64_t window, const at::Tensor& index_K,

@@ -51,8 +51,8 @@ struct CacheReport {
 /// vocabulary than the teacher's. Error(kNumerics): the teacher's logits are not finite. Error(kStopped).
 CacheReport write_cache(const CacheConfig& config, const std::function<bool()>& stop_requested);
 
-/// What write_cache() would check, and what the shard would take: {"documents", "tokens", "rows", "model", "data", "memory", "time",
-/// "disk", "licence", "warnings"} in the units of train::plan. Sizes are upper bounds. Nothing is written; `probe`: one pass of the
+/// What write_cache() would check, and what the shard would take: {"documents", "tokens", "bytes_per_token_at_most", "model", "data",
+/// "memory", "time", "disk", "teacher_licence", "warnings"} in the units of train::plan; disk is an upper bound, as files are compressed. Nothing is written; `probe`: one pass of the
 /// teacher is timed.
 Json plan_cache(const CacheConfig& config, bool probe = true);
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# A larger teacher: Qwen2.5-Coder-1.5B teaches Qwen2.5-Coder-0.5B, live, from a cache, and not at all, on the same tokens. About two hours on
-# two cores; TOKENS=40000 makes each run shorter. All under runs/qwen-coder. Run again, it goes on where it was, or shows the result.
+# A larger teacher: Qwen2.5-Coder-1.5B teaches Qwen2.5-Coder-0.5B, live, from a cache, and not at all, on the same tokens. Hours on
+# two cores; TOKENS=40000 ends each run sooner (the cache is of the whole text). All under runs/qwen-coder. Run again, it goes on where it was, or shows the result.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh

@@ -414,19 +414,6 @@ TEST(MatchRun, OwnTextIsMatchedAsTheTextThatItStandsFor) {
   }
 }
 
-TEST(MatchRun, TheMemoryPolicyChangesNoBit) {
-  const ScratchFolder folder;
-  std::set<std::string> weights;
-  for (const std::string memory : {"auto", "store"}) {
-    DistillConfig config = tiny_config(folder.path(), memory, wide_teacher(folder), kAcross);
-    config.train.memory = memory;
-    config.train.limits.max_steps = 3;
-    distill(config, false, never);
-    weights.insert(sha256_of_file(config.train.output / "checkpoint-3/state.safetensors"));
-  }
-  EXPECT_EQ(weights.size(), 1u);
-}
-
 TEST(MatchRun, TheBaseThatTeachesItselfBeginsAtZero) {
   const ScratchFolder folder;
   DistillConfig config = tiny_config(folder.path(), "run", testing::golden_path("peft/llama_tied"), {.hidden = 1, .attention = 1, .relations = {"qk", "qq", "kk", "vv"}});
