@@ -13,6 +13,7 @@
 #include "core/files.h"
 #include "core/json.h"
 #include "core/log.h"
+#include "lora/stored_weight.h"
 
 namespace alambic::checkpoints {
 namespace {
@@ -159,7 +160,7 @@ std::string FolderTensors::hash() const {
 
 std::string base_hash(const fs::path& folder) { return FolderTensors(folder).hash(); }
 
-models::Decoder load_decoder(const fs::path& folder, at::ScalarType compute_type, const lora::BaseQuantization& quantization) {
+models::Decoder load_decoder(const fs::path& folder, at::ScalarType compute_type, const lora::BaseQuantization& quantization, Linears kept) {
   const BaseWeights weights(folder, quantization);
   models::Decoder decoder = models::make_decoder(weights.config());
   std::set<const at::Tensor*> norms{&decoder.final_norm_D};
@@ -175,12 +176,17 @@ models::Decoder load_decoder(const fs::path& folder, at::ScalarType compute_type
       linear->second->quantized_compute = compute_type;
       continue;
     }
-    const at::ScalarType type = norms.contains(named.tensor) ? at::kFloat : compute_type;
-    *named.tensor = weights.is_quantized(named.name) ? weights.tensor(named.name).to(type) : weights.tensors().tensor_as(named.name, type);
+    at::ScalarType type = norms.contains(named.tensor) ? at::kFloat : compute_type;
+    const bool is_quantized = weights.is_quantized(named.name), stays = !is_quantized && linear != linears.end() && kept == Linears::kAsStored && type == at::kFloat &&
+                                                                        at::isReducedFloatingType(weights.tensors().type(named.name));
+    if (stays) type = weights.tensors().type(named.name);
+    const at::Tensor loaded = is_quantized ? weights.tensor(named.name).to(type) : weights.tensors().tensor_as(named.name, type);
     // After the conversion, which can itself overflow; the values are still in the processor's cache then.
-    if (const std::int64_t bad = first_non_finite(*named.tensor); bad >= 0)
-      fail(ErrorKind::kData, folder.string(), ": tensor \"", named.name, "\" is not finite at element ", bad, " as ", toString(named.tensor->scalar_type()),
+    if (const std::int64_t bad = first_non_finite(loaded); bad >= 0)
+      fail(ErrorKind::kData, folder.string(), ": tensor \"", named.name, "\" is not finite at element ", bad, " as ", toString(loaded.scalar_type()),
            Remedy{"these weights are damaged: fetch them again"});
+    if (stays) linear->second->quantized = std::make_shared<lora::StoredWeight>(loaded), linear->second->quantized_compute = compute_type;
+    else *named.tensor = loaded;
   }
   if (decoder.head_tied) decoder.head.weight_OI = decoder.embedding_VD;
   return decoder;

@@ -54,7 +54,9 @@ class FolderTensors {
 /// warning, and config.tied_head and config.source then say so.
 /// The blocks' linear layers are quantised as asked, one after the other, so that the dense model is never in memory; those of
 /// a folder that bitsandbytes quantised are taken as they are (Error(kUsage): something else is asked for).
-models::Decoder load_decoder(const std::filesystem::path& folder, at::ScalarType compute_type, const lora::BaseQuantization& quantization = {});
+/// kAsStored: what of them is stored in bf16 or f16 stays so, a view of the mapping, where the run computes in f32 (lora/stored_weight.h).
+enum class Linears { kDense, kAsStored };
+models::Decoder load_decoder(const std::filesystem::path& folder, at::ScalarType compute_type, const lora::BaseQuantization& quantization = {}, Linears linears = Linears::kDense);
 
 /// FolderTensors::hash of `folder`, computed by reading the files once.
 std::string base_hash(const std::filesystem::path& folder);

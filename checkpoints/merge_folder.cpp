@@ -96,11 +96,13 @@ Changes load_adapter_changes(models::Decoder& decoder, const MergeConfig& config
 }
 
 /// Puts the weights of a full fine-tune into the decoder. All of them must be there, and no others.
-Changes load_finetuned_changes(models::Decoder& decoder, const MergeConfig& config) {
+Changes load_finetuned_changes(models::Decoder& decoder, const MergeConfig& config, const BaseWeights& base) {
   Changes changes;
   changes.relation = "finetune";
   const FolderTensors tuned(config.adapter);
   std::vector<std::string> problems;
+  for (const models::NamedLinear& linear : decoder.linears())  // those as stored get a place for the trained weight
+    if (linear.linear->quantized) linear.linear->weight_OI = base.tensor(linear.path + ".weight"), linear.linear->quantized = nullptr;
   note_tensors(decoder, changes);
   if (decoder.head_tied && tuned.contains(changes.head) && tuned.contains(changes.embedding) &&
       !at::equal(tuned.tensor_as(changes.head, at::kFloat), tuned.tensor_as(changes.embedding, at::kFloat))) {
@@ -370,11 +372,11 @@ MergeReport merge_folder(const MergeConfig& given) {
   }
 
   // What must come out: logits of base + adapter, in f32.
-  models::Decoder decoder = load_decoder(config.base, at::kFloat, quantization);
+  models::Decoder decoder = load_decoder(config.base, at::kFloat, quantization, is_adapter ? linears_for(config.adapter) : Linears::kAsStored);
   const bool base_tied = models::read_model_config(config.base).tied_head;
   const Probe probe = make_probe(config.base, decoder.config.vocabulary_size, config.probe_text.empty() ? kProbeText : config.probe_text);
   const at::Tensor base_TV = probe_logits(decoder, probe);
-  Changes changes = is_adapter ? load_adapter_changes(decoder, config, hash) : load_finetuned_changes(decoder, config);
+  Changes changes = is_adapter ? load_adapter_changes(decoder, config, hash) : load_finetuned_changes(decoder, config, base);
   const at::Tensor trained_TV = probe_logits(decoder, probe);
   report.relation = changes.relation;
   report.num_adapter_tensors = changes.num_adapter_tensors;
@@ -432,7 +434,7 @@ MergeReport merge_folder(const MergeConfig& given) {
     if (!used.contains(name) && name != changes.head) fail(ErrorKind::kBug, "the trained tensor ", name, " was not written");
 
   // The proof: what lies on the disk now, read as any other model folder.
-  const models::Decoder reloaded = load_decoder(temporary.path(), at::kFloat);
+  const models::Decoder reloaded = load_decoder(temporary.path(), at::kFloat, {}, Linears::kAsStored);
   if (reloaded.head_tied != report.head_tied) fail(ErrorKind::kBug, "the written config.json does not say what the head is");
   const LogitDistance distance = logit_distance(trained_TV, probe_logits(reloaded, probe));
   report.probe_tokens = probe.num_tokens();

@@ -15,6 +15,7 @@
 #include "core/json.h"
 #include "core/log.h"
 #include "lora/initialise.h"
+#include "lora/stored_weight.h"
 
 namespace alambic::checkpoints {
 namespace {
@@ -274,6 +275,11 @@ lora::BaseQuantization adapter_quantization(const std::filesystem::path& folder)
   return found == file.metadata().end() ? lora::BaseQuantization{} : lora::quantization_of_name(found->second, path.string());
 }
 
+Linears linears_for(const std::filesystem::path& folder) {
+  const lora::LoraConfig config = read_adapter_config(folder);
+  return config.modules_to_save.empty() && !lora::parse_init(config.init).changes_base() ? Linears::kAsStored : Linears::kDense;
+}
+
 lora::LoraConfig load_adapter(models::Decoder& decoder, const std::filesystem::path& folder, const std::string& base_hash) {
   const lora::LoraConfig config = read_adapter_config(folder);
   const std::filesystem::path path = file_of_folder(folder, kWeightsFile);
@@ -302,9 +308,9 @@ lora::LoraConfig load_adapter(models::Decoder& decoder, const std::filesystem::p
   }
   const auto expected = lora::expected_keys(decoder, plan, config.dora);
   std::vector<std::string> problems, names;
-  std::map<std::string, at::Tensor> base_of_copy;  // key of a copied base weight -> what it must equal
+  std::map<std::string, const models::Linear*> base_of_copy;  // key of a copied base weight -> what it must equal
   for (const lora::PlannedAdapter& adapter : plan.adapters)
-    if (!adapter.linear->quantized) base_of_copy[std::string(lora::kPeftPrefix) + adapter.path + ".base_layer.weight"] = adapter.linear->weight_OI;
+    if (!adapter.linear->quantized || lora::is_exact(*adapter.linear->quantized)) base_of_copy[std::string(lora::kPeftPrefix) + adapter.path + ".base_layer.weight"] = adapter.linear;
   for (const auto& [key, shape] : expected) names.push_back(key);
 
   for (const auto& [key, shape] : expected) {
@@ -322,8 +328,9 @@ lora::LoraConfig load_adapter(models::Decoder& decoder, const std::filesystem::p
   for (const auto& [key, entry] : file.entries()) {
     if (std::binary_search(names.begin(), names.end(), key)) continue;
     if (const auto base = base_of_copy.find(key); base != base_of_copy.end()) {
-      const at::Tensor copy = entry.shape == base->second.sizes().vec() ? file.tensor(key) : at::Tensor();
-      if (!copy.defined() || !at::equal(copy.to(base->second.scalar_type()), base->second))
+      const models::Linear& linear = *base->second;
+      const at::Tensor copy = entry.shape == std::vector<std::int64_t>{linear.outputs(), linear.inputs()} ? file.tensor(key) : at::Tensor();
+      if (!copy.defined() || !at::equal(copy.to(linear.compute_type()), linear.dense_OI(linear.compute_type())))
         problems.push_back(key + ": a base weight that is not the base model's own");
       continue;
     }

@@ -7,6 +7,7 @@
 #include <map>
 #include <string>
 
+#include "checkpoints/hf_folder.h"
 #include "lora/adapter.h"
 #include "lora/quantize.h"
 
@@ -24,6 +25,10 @@ lora::LoraConfig read_adapter_config(const std::filesystem::path& folder);
 /// Returns the config. An adapter that PEFT started as pissa or olora, and saved without its conversion, becomes an
 /// ordinary one of twice the rank (lora::relative_to_base), in the decoder and in the config.
 lora::LoraConfig load_adapter(models::Decoder& decoder, const std::filesystem::path& folder, const std::string& base_hash = "");
+
+/// How load_decoder should keep the base's linear layers for this adapter: as stored, unless it stands in for whole layers or is relative
+/// to what a start took out of them.
+Linears linears_for(const std::filesystem::path& folder);
 
 /// Writes the adapter (and modules_to_save) of a decoder, with a card; the folder is made if need be, and files of these
 /// names in it are replaced. base_name goes into base_model_name_or_path and the card; base_hash (FolderTensors::hash)

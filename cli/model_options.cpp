@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cli/model_options.h"
 
-#include "checkpoints/hf_folder.h"
 #include "checkpoints/peft_folder.h"
 #include "cli/verbs.h"
 #include "core/error.h"
@@ -47,13 +46,14 @@ std::filesystem::path adapter_folder(const std::filesystem::path& folder) {
        Remedy{"alambic inspect " + name + " tells what it is"});
 }
 
-models::Decoder load_model(const std::filesystem::path& model, const std::filesystem::path& adapter, const std::string& compute) {
+models::Decoder load_model(const std::filesystem::path& model, const std::filesystem::path& adapter, const std::string& compute, checkpoints::Linears linears) {
   check_model_folder(model);
   const std::filesystem::path adapter_path = adapter.empty() ? adapter : adapter_folder(adapter);
   const at::ScalarType type = compute == "f32" ? at::kFloat : compute == "bf16" ? at::kBFloat16 : models::fastest_compute_type();
   // An adapter meets the base it was trained on, quantised as it was then.
   const lora::BaseQuantization quantization = adapter_path.empty() ? lora::BaseQuantization{} : checkpoints::adapter_quantization(adapter_path);
-  models::Decoder decoder = checkpoints::load_decoder(model, type, quantization);
+  if (!adapter_path.empty() && checkpoints::linears_for(adapter_path) == checkpoints::Linears::kDense) linears = checkpoints::Linears::kDense;
+  models::Decoder decoder = checkpoints::load_decoder(model, type, quantization, linears);
   if (!adapter_path.empty()) checkpoints::load_adapter(decoder, adapter_path, checkpoints::base_hash(model));
   models::use_fused_blocks(decoder);  // so that figures are the bits that training computes; what it cannot take, ATen operators do
   return decoder;

@@ -112,6 +112,7 @@ train::Recipe recipe_of(const DistillConfig& config) {
           for (const models::NamedTensor& projection : room->matches[i].projections()) trained.push_back(projection);
         }
         for (Teacher& teacher : room->teachers) teacher.load(student, room->outside), mix.shared_vocabulary = std::min(mix.shared_vocabulary, teacher.shared_vocabulary());
+        room->outside = {};  // a teacher that shares the base has its own handles; else the base's file would stay mapped beside trained copies
         const Mix own_mix = on_policy_mix(mix);
         const auto is_taught = [=](const data::Origin& origin) {
           return std::any_of(room->teachers.begin(), room->teachers.end(), [&](const Teacher& teacher) { return teacher.weight_of(origin) > 0; });

@@ -183,7 +183,8 @@ void Teacher::load(const models::Decoder& student, const models::Decoder& outsid
   if (shares_) {
     student_decoder_ = &student, outside_ = outside;
   } else {
-    decoder_ = checkpoints::load_decoder(config_.model, compute_type_for(student_), quantization);
+    const auto linears = config_.adapter.empty() ? checkpoints::Linears::kAsStored : checkpoints::linears_for(config_.adapter);
+    decoder_ = checkpoints::load_decoder(config_.model, compute_type_for(student_), quantization, linears);
     make_ready();
     for (const models::NamedTensor& tensor : decoder_.tensors()) num_bytes_ += tensor.tensor->nbytes();
     for (const models::NamedLinear& linear : decoder_.linears())

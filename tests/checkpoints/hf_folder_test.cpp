@@ -16,6 +16,7 @@
 #include "checkpoints/safetensors.h"
 #include "core/files.h"
 #include "core/log.h"
+#include "models/fused_blocks.h"
 #include "tests/support.h"
 
 namespace alambic::checkpoints {
@@ -83,6 +84,44 @@ TEST(LoadDecoder, StoredTypesMayDiffer) {
   for (auto& [name, tensor] : model.tensors) tensor = tensor.to(name.ends_with("norm.weight") ? at::kBFloat16 : name == kQuery ? at::kDouble : at::kHalf);
   models::Decoder decoder = load_decoder(model.write(scratch), at::kFloat);
   for (const models::NamedTensor& named : decoder.tensors()) EXPECT_TRUE(at::equal(*named.tensor, model.tensors.at(named.name).to(at::kFloat))) << named.name;
+}
+
+TEST(LoadDecoder, KeepsLinearLayersInTheFilesOwnSixteenBits) {
+  const ScratchFolder scratch;
+  for (const at::ScalarType stored : {at::kBFloat16, at::kHalf}) {
+    TinyModel model(false);
+    for (auto& [name, tensor] : model.tensors) tensor = tensor.to(name == kQuery ? at::kFloat : stored);
+    const std::filesystem::path folder = model.write(scratch, toString(stored));
+    models::Decoder dense = load_decoder(folder, at::kFloat), kept = load_decoder(folder, at::kFloat, {}, Linears::kAsStored);
+    std::size_t num_kept = 0;
+    for (const models::NamedLinear& named : kept.linears()) {
+      const bool stays = named.layer >= 0 && named.path + ".weight" != kQuery;
+      ASSERT_EQ(named.linear->quantized != nullptr, stays) << named.path;
+      if (!stays) continue;
+      EXPECT_EQ(named.linear->quantized->format(), stored == at::kHalf ? "f16" : "bf16");
+      EXPECT_EQ(named.linear->quantized->num_bytes(), static_cast<std::uint64_t>(2 * named.linear->outputs() * named.linear->inputs()));
+      EXPECT_TRUE(at::equal(named.linear->dense_OI(at::kFloat), model.tensors.at(named.path + ".weight").to(at::kFloat))) << named.path;
+      ++num_kept;
+    }
+    EXPECT_EQ(num_kept, 13u);
+    const models::Input input{.tokens_T = at::arange(8), .positions_T = at::arange(8), .document_lengths = {8}};
+    for (const bool fused : {false, true}) {
+      if (fused) {
+        ASSERT_EQ(models::use_fused_blocks(dense) + models::use_fused_blocks(kept), "");
+      }
+      EXPECT_TRUE(at::equal(dense.hidden_TD(input), kept.hidden_TD(input))) << "fused: " << fused;
+    }
+    for (const models::NamedLinear& named : load_decoder(folder, at::kBFloat16, {}, Linears::kAsStored).linears()) EXPECT_EQ(named.linear->quantized, nullptr);
+  }
+  TinyModel damaged;
+  damaged.tensors.at(kQuery) = at::full({8, 8}, 3.25, at::kBFloat16);
+  const std::filesystem::path folder = damaged.write(scratch, "damaged");
+  std::string bytes = read_file(folder / "model.safetensors");
+  const std::size_t query = bytes.find("\x50\x40\x50\x40\x50\x40\x50\x40");
+  ASSERT_NE(query, bytes.npos);
+  bytes.replace(query + 6, 2, "\x80\x7f");  // infinity
+  write_file(folder / "model.safetensors", bytes);
+  EXPECT_TRUE(fails_with(ErrorKind::kData, "\"" + kQuery + "\" is not finite at element 3 as BFloat16", [&] { load_decoder(folder, at::kFloat, {}, Linears::kAsStored); }));
 }
 
 TEST(LoadDecoder, ListsEveryDisagreementInOneError) {

@@ -7,6 +7,10 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <fstream>
+#include <thread>
 
 #include "checkpoints/hf_folder.h"
 #include "checkpoints/manifest.h"
@@ -307,6 +311,50 @@ TEST(MergeFolderOutput, WhatAKilledMergeLeftIsRemoved) {
 // Silent failures of merges elsewhere (reference/peers.md, section 3), a test each.
 
 // 1: a light tune is erased by the rounding of the stored type.
+/// Bytes of this process that are in memory and belong to no file.
+std::int64_t anonymous_bytes() {
+  std::ifstream lines("/proc/self/status");
+  std::string key;
+  for (std::int64_t kibibytes = 0; lines >> key;)
+    if (key == "RssAnon:" && lines >> kibibytes) return kibibytes * 1024;
+  return -1;
+}
+
+TEST(MergeFolderMemory, IsThatOfALayerNotOfTheModel) {
+  Case merge("llama_tied.lora");
+  Json config = read_json_file(merge.config.base / "config.json");
+  config.update({{"hidden_size", 512}, {"intermediate_size", 2048}, {"num_hidden_layers", 16}, {"num_attention_heads", 8}, {"num_key_value_heads", 8}, {"head_dim", 64}});
+  write_file(merge.config.base / "config.json", config.dump());
+  std::vector<std::pair<std::string, at::Tensor>> tensors;
+  std::int64_t num_parameters = 0;
+  for (const auto& [name, shape] : models::expected_shapes(models::read_model_config(merge.config.base))) {
+    if (name == "lm_head.weight") continue;
+    tensors.emplace_back(name, at::full(shape, 0.01, at::kBFloat16));
+    num_parameters += tensors.back().second.numel();
+  }
+  write_safetensors(merge.config.base / "model.safetensors", tensors);
+  tensors.clear();
+  {
+    models::Decoder decoder = load_decoder(merge.config.base, at::kFloat, {}, Linears::kAsStored);
+    const lora::LoraConfig lora{.rank = 2};
+    lora::attach(decoder, lora, /*seed=*/1);
+    fs::remove_all(merge.config.adapter);
+    write_adapter(decoder, lora, "x", merge.config.adapter);
+  }
+  std::atomic<bool> is_over = false;
+  const std::int64_t before = anonymous_bytes();
+  std::int64_t peak = before;
+  std::thread watch([&] {
+    while (!is_over) peak = std::max(peak, anonymous_bytes()), std::this_thread::sleep_for(std::chrono::microseconds(200));
+  });
+  const MergeReport report = merge_folder(merge.config);
+  is_over = true;
+  watch.join();
+  EXPECT_EQ(report.num_bytes, static_cast<std::uint64_t>(2 * num_parameters));
+  EXPECT_GT(before, 0);
+  EXPECT_LT(peak - before, num_parameters) << "of " << 4 * num_parameters << " bytes of the model in f32";
+}
+
 TEST(MergeFails, WhenRoundingErasesTheTune) {
   Case merge("llama_tied.lora");
   merge.adapter_tensors([](auto& all) {
