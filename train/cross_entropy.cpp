@@ -76,6 +76,20 @@ std::vector<double> tiled_nats(const at::Tensor& hidden_TD, const models::Linear
   return nats;
 }
 
+// sum_VD += the transpose of d_KV times h_KD, some rows at a time: in one piece there would be a second matrix as large as the head, and a
+// turned copy of the logits.
+void add_gradient_of_head(at::Tensor& sum_VD, const at::Tensor& d_KV, const at::Tensor& h_KD) {
+  constexpr std::int64_t kRows = 4096;
+  const bool is_first = !sum_VD.defined();
+  if (is_first) sum_VD = at::empty({d_KV.size(1), h_KD.size(1)}, at::kFloat);
+  for (std::int64_t begin = 0; begin < d_KV.size(1); begin += kRows) {
+    const std::int64_t count = std::min(kRows, d_KV.size(1) - begin);
+    const at::Tensor part = models::product(d_KV.narrow(1, begin, count).t(), h_KD);
+    at::Tensor rows = sum_VD.narrow(0, begin, count);
+    is_first ? rows.copy_(part) : rows.add_(part);
+  }
+}
+
 }  // namespace
 
 void LossConfig::visit(FieldVisitor& fields) {
@@ -152,7 +166,7 @@ at::Tensor head_loss_sum(const at::Tensor& hidden_TD, const models::Linear& head
       nats += row_loss(logits_KV, begin, differentiable);
       if (!differentiable) continue;
       if (hidden_TD.requires_grad()) gradients[0].index_copy_(0, index, models::product(all_KV, weight_VD).narrow(0, 0, count).to(hidden.scalar_type()));
-      if (inputs.size() > 1) add_to(gradients[1], models::product(all_KV.t(), rounded_KD));
+      if (inputs.size() > 1) add_gradient_of_head(gradients[1], all_KV, rounded_KD);
     } else {  // an adapter, a bias or trained rows on the head: the Linear's own backward, on this chunk alone
       const at::AutoGradMode grad(differentiable);
       const at::Tensor leaf_KD = h_KD.detach().requires_grad_(differentiable), logits = head(leaf_KD, seed);
