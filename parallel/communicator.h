@@ -18,6 +18,14 @@ class Tensor;
 
 namespace alambic::parallel {
 
+/// A gather under way. Where it is given up without wait(), because this rank fails, its tensors stay until the process ends.
+class Gather {
+ public:
+  virtual ~Gather() = default;
+  /// All parts have come; Error(kPeer) as a call of the Communicator. Called again it does nothing.
+  virtual void wait() = 0;
+};
+
 /// Every call but those marked "alone" is collective: all ranks make it, in the same order, with the same shapes and types. `what` names
 /// it for messages. Error(kPeer) when another rank died, failed, stayed away for longer than the timeout or made another call: it names
 /// that rank, the step and the call.
@@ -32,6 +40,9 @@ class Communicator {
   virtual void sum_in_place(std::span<at::Tensor> tensors, std::string_view what) = 0;
   /// [size, ...]: every rank's tensor.
   virtual at::Tensor all_gather(const at::Tensor& own, std::string_view what) = 0;
+  /// The same into `all`: [size, ...], and returns at once. The start is the collective call that keeps its place among the others; ranks
+  /// wait when they like. Both tensors are contiguous, of one type, and left alone until then.
+  virtual std::unique_ptr<Gather> start_all_gather(const at::Tensor& all, const at::Tensor& own, std::string_view what) = 0;
   /// parts: [size, ...]. Returns the sum over ranks of parts[rank()], in the order of sum_in_place.
   virtual at::Tensor reduce_scatter(const at::Tensor& parts, std::string_view what) = 0;
   /// All ranks get what rank `root` has; contiguous tensors of any type.

@@ -68,6 +68,13 @@ class Ranks : public Communicator {
     return all;
   }
 
+  std::unique_ptr<Gather> start_all_gather(const at::Tensor& all, const at::Tensor& own, std::string_view what) override {
+    enter(what);
+    if (!all.is_contiguous() || !own.is_contiguous() || all.scalar_type() != own.scalar_type() || all.numel() != size_ * own.numel())
+      fail(ErrorKind::kBug, what, ": parts of ", own.sizes(), " cannot be gathered into ", all.sizes());
+    return std::make_unique<Started>(*this, own.numel() == 0 ? nullptr : transport_->all_gather(all.view({size_, -1}), own.view(-1)), what);
+  }
+
   at::Tensor reduce_scatter(const at::Tensor& parts, std::string_view what) override {
     enter(what);
     if (parts.size(0) != size_) fail(ErrorKind::kBug, "reduce_scatter of ", parts.size(0), " parts among ", size_, " ranks");
@@ -122,6 +129,24 @@ class Ranks : public Communicator {
     std::int64_t numel = 0;
     at::Tensor own, gathered;  // [size, share]
     std::unique_ptr<Transfer> transfer;
+  };
+
+  class Started : public Gather {
+   public:
+    Started(Ranks& ranks, std::unique_ptr<Transfer> transfer, std::string_view what) : ranks_(ranks), transfer_(std::move(transfer)), what_(what) {}
+    ~Started() override {
+      if (transfer_) abandon(std::move(transfer_));
+    }
+    void wait() override {
+      if (!transfer_) return;
+      ranks_.place_.what = what_;  // for messages; the watch knows the call by its start
+      ranks_.finish(std::move(transfer_));
+    }
+
+   private:
+    Ranks& ranks_;
+    std::unique_ptr<Transfer> transfer_;
+    std::string what_;
   };
 
   void send(Bucket& bucket) {

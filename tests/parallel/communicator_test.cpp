@@ -10,127 +10,27 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <gtest/gtest.h>
-#include <netinet/in.h>
 #include <signal.h>
-#include <sys/socket.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <thread>
 
 #include "parallel/connect.h"
 #include "parallel/watch.h"
+#include "tests/forked_ranks.h"
 #include "tests/support.h"
 
 namespace alambic::parallel {
 namespace {
 
-struct Port {
-  int socket = ::socket(AF_INET, SOCK_STREAM, 0);
-  std::uint16_t number = 0;
-  Port() {
-    sockaddr_in address{};
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    socklen_t size = sizeof address;
-    EXPECT_EQ(::bind(socket, reinterpret_cast<sockaddr*>(&address), size), 0);
-    EXPECT_EQ(::listen(socket, 64), 0);
-    EXPECT_EQ(::getsockname(socket, reinterpret_cast<sockaddr*>(&address), &size), 0);
-    number = ntohs(address.sin_port);
-  }
-};
-
-struct End {
-  int status = 0;           // of waitpid(); -1: it hung and was killed
-  std::string said;         // what the rank returned, or its Error
-  double seconds = 0;       // from the start
-};
-
-/// Runs `act` on `size` ranks. What it returns, or "exit code N: message" of its Error, is what the rank said.
-std::vector<End> run_ranks(int size, const Patience& patience, const std::function<std::string(Communicator&)>& act) {
-  const Port port;
-  std::vector<pid_t> processes;
-  std::vector<int> pipes;
-  const auto began = std::chrono::steady_clock::now();
-  for (int rank = 0; rank < size; ++rank) {
-    int ends[2];
-    EXPECT_EQ(::pipe(ends), 0);
-    const pid_t process = ::fork();
-    if (process == 0) {
-      ::alarm(100);
-      ::signal(SIGPIPE, SIG_IGN);  // as main does: Gloo writes to connections that are gone
-      set_last_word([write_end = ends[1]](const Error& error) {
-        const std::string said = std::string("last word: ") + error.what();
-        static_cast<void>(!::write(write_end, said.data(), said.size()));
-        ::_exit(exit_code(error.kind()));
-      });
-      std::string said;
-      int code = 0;
-      try {
-        const auto ranks = connect({.launcher = "test", .rank = rank, .size = size, .host = "127.0.0.1", .port = port.number, .store_socket = rank == 0 ? port.socket : -1, .variables = "MASTER_PORT=" + std::to_string(port.number)}, patience);
-        said = act(*ranks);
-        ranks->barrier("end");
-      } catch (const Error& error) {
-        code = exit_code(error.kind());
-        said = error.what();
-      } catch (const std::exception& error) {
-        code = 99;
-        said = error.what();
-      }
-      static_cast<void>(!::write(ends[1], said.data(), said.size()));
-      ::_exit(code);
-    }
-    ::close(ends[1]);
-    processes.push_back(process);
-    pipes.push_back(ends[0]);
-  }
-  ::close(port.socket);
-  std::vector<End> result(static_cast<std::size_t>(size));
-  std::vector<bool> ended(static_cast<std::size_t>(size), false), stopped = ended;
-  const auto seconds = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count(); };
-  while (std::count(ended.begin(), ended.end(), true) < size && seconds() < 60) {
-    for (std::size_t rank = 0; rank < processes.size(); ++rank) {
-      if (ended[rank]) continue;
-      int status = 0;
-      const pid_t changed = ::waitpid(processes[rank], &status, WNOHANG | WUNTRACED);
-      if (changed == processes[rank] && !WIFSTOPPED(status)) ended[rank] = true, result[rank].status = status, result[rank].seconds = seconds();
-      // A rank that is stopped is let die once all others have ended.
-      stopped[rank] = stopped[rank] || (changed == processes[rank] && WIFSTOPPED(status));
-      if (stopped[rank] && !ended[rank] && std::count(ended.begin(), ended.end(), true) == size - 1) ::kill(processes[rank], SIGKILL);
-    }
-    std::this_thread::sleep_for(std::chrono::milliseconds(20));
-  }
-  for (std::size_t rank = 0; rank < processes.size(); ++rank) {
-    if (!ended[rank]) ::kill(processes[rank], SIGKILL), ::waitpid(processes[rank], nullptr, 0), result[rank].status = -1;
-    char buffer[1 << 14];
-    for (ssize_t got; (got = ::read(pipes[rank], buffer, sizeof buffer)) > 0;) result[rank].said.append(buffer, static_cast<std::size_t>(got));
-    ::close(pipes[rank]);
-  }
-  return result;
-}
-
-constexpr Patience kPatient{.timeout_seconds = 60, .connect_timeout_seconds = 60};
-
-void expect_all_fine(const std::vector<End>& ends) {
-  for (std::size_t rank = 0; rank < ends.size(); ++rank) {
-    EXPECT_TRUE(WIFEXITED(ends[rank].status) && WEXITSTATUS(ends[rank].status) == 0) << "rank " << rank << ": status " << ends[rank].status;
-    EXPECT_EQ(ends[rank].said, "") << "rank " << rank;
-  }
-}
-
-/// Of every rank but `lost`: exit code 7 within so many seconds, and all of the words.
-void expect_lost(const std::vector<End>& ends, std::size_t lost, double seconds, const std::vector<std::string>& words) {
-  for (std::size_t rank = 0; rank < ends.size(); ++rank) {
-    if (rank == lost) continue;
-    SCOPED_TRACE("rank " + std::to_string(rank) + ": " + ends[rank].said);
-    EXPECT_TRUE(WIFEXITED(ends[rank].status) && WEXITSTATUS(ends[rank].status) == 7) << ends[rank].status;
-    EXPECT_LT(ends[rank].seconds, seconds);
-    for (const std::string& word : words) EXPECT_NE(ends[rank].said.find(word), std::string::npos) << word;
-  }
-}
+using testing::End;
+using testing::expect_all_fine;
+using testing::expect_lost;
+using testing::kPatient;
+using testing::Port;
+using testing::run_ranks;
 
 class OnRanks : public ::testing::TestWithParam<int> {};
 INSTANTIATE_TEST_SUITE_P(Sizes, OnRanks, ::testing::Values(1, 2, 3, 4), ::testing::PrintToStringParamName());
@@ -202,6 +102,29 @@ TEST_P(OnRanks, GatherBroadcastAndTexts) {
   }));
 }
 
+TEST_P(OnRanks, GathersUnderWayAreWaitedForInAnyOrder) {
+  expect_all_fine(run_ranks(GetParam(), kPatient, [](Communicator& ranks) -> std::string {
+    constexpr int kGathers = 3;
+    std::vector<at::Tensor> own, all;
+    std::vector<std::unique_ptr<Gather>> gathers;
+    for (int i = 0; i < kGathers; ++i) {
+      own.push_back(at::full({300'000 * i}, 10 * i + ranks.rank(), at::kByte));  // the first is empty
+      all.push_back(at::empty({ranks.size(), 300'000 * i}, at::kByte));
+      gathers.push_back(ranks.start_all_gather(all.back(), own.back(), "gather " + std::to_string(i)));
+    }
+    at::Tensor sum = at::full({1000}, 1.0, at::kFloat);
+    ranks.sum_in_place({&sum, 1}, "a sum between");
+    if (!sum.equal(at::full({1000}, ranks.size(), at::kFloat))) return "the sum between";
+    for (int i = kGathers; i-- > 0;) {
+      gathers[static_cast<std::size_t>(i)]->wait();
+      gathers[static_cast<std::size_t>(i)]->wait();
+      for (int rank = 0; rank < ranks.size(); ++rank)
+        if (!all[static_cast<std::size_t>(i)][rank].equal(at::full({300'000 * i}, 10 * i + rank, at::kByte))) return "gather " + std::to_string(i);
+    }
+    return "";
+  }));
+}
+
 TEST(TreeSum, EveryNthPartIsASubtree) {
   std::vector<at::Tensor> parts;
   for (int i = 0; i < 12; ++i) parts.push_back(at::randn({1000}) * std::pow(10.0, i % 5));
@@ -241,6 +164,30 @@ TEST_P(LostRank, ThatDiedIsNamed) {
     return "";
   });
   expect_lost(ends, GetParam(), 10, {"rank " + std::to_string(GetParam()) + " died in step 41, first", "in step 42, gradients"});
+}
+
+TEST_P(LostRank, ThatDiedBeforeItsPartOfAGatherIsNamed) {
+  const auto ends = run_ranks(3, kPatient, [](Communicator& ranks) {
+    ranks.at_step(4);
+    ranks.barrier("first");
+    if (ranks.rank() == static_cast<int>(GetParam())) ::kill(::getpid(), SIGKILL);
+    const at::Tensor all = at::empty({3, 1 << 20}, at::kByte), next = at::empty({3, 1 << 20}, at::kByte), own = at::zeros({1 << 20}, at::kByte);
+    const auto gather = ranks.start_all_gather(all, own, "block 7"), another = ranks.start_all_gather(next, own, "block 8");
+    gather->wait();
+    return "";
+  });
+  expect_lost(ends, GetParam(), 10, {"rank " + std::to_string(GetParam()) + " died in step 4, first", "in step 4, block"});
+}
+
+TEST_P(LostRank, ThatHangsBeforeItsPartOfAGatherIsNamed) {
+  const auto ends = run_ranks(3, {.timeout_seconds = 3, .connect_timeout_seconds = 60}, [](Communicator& ranks) {
+    ranks.barrier("first");
+    if (ranks.rank() == static_cast<int>(GetParam())) ::raise(SIGSTOP);
+    const at::Tensor all = at::empty({3, 1 << 20}, at::kByte), own = at::zeros({1 << 20}, at::kByte);
+    ranks.start_all_gather(all, own, "block 7")->wait();
+    return "";
+  });
+  expect_lost(ends, GetParam(), 3 + 10, {"rank " + std::to_string(GetParam()) + " hangs in step 0, first", "in step 0, block 7"});
 }
 
 TEST_P(LostRank, ThatDiedWhileOthersComputeIsSaidInALastWord) {
