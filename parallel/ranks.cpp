@@ -193,8 +193,10 @@ class Ranks : public Communicator {
     } catch (const Error&) {
       throw;
     } catch (const std::exception& error) {
-      const std::string message = error.what();
-      lost(watch_->loss_within(kSecondsForTheWatch).value_or("a connection to another rank broke: " + message.substr(0, std::min(message.find('\n'), message.find(". ")))));
+      std::string message = error.what();
+      if (const std::size_t end = message.find("] "); message.starts_with("[/") && end != message.npos) message.erase(0, end + 2);  // file and line of Gloo's own
+      const std::string whom = size_ == 2 ? "rank " + std::to_string(1 - rank_) : "another rank";
+      lost(watch_->loss_within(kSecondsForTheWatch).value_or("the connection to " + whom + " broke: " + message.substr(0, std::min(message.find('\n'), message.find(". ")))));
     }
   }
 

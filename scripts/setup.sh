@@ -21,7 +21,7 @@ say() { echo "setup: $*" >&2; }
 
 packages=(g++ cmake ninja-build ccache mold pkg-config libhdf5-dev libcxxopts-dev libyaml-cpp-dev nlohmann-json3-dev
           libgtest-dev libssl-dev zlib1g-dev libzstd-dev libgloo-dev python3 python3-venv ca-certificates git)
-$oracle && packages+=(strace man-db bash-completion slurm-wlm openmpi-bin)
+$oracle && packages+=(strace man-db bash-completion slurm-wlm openmpi-bin iproute2)
 
 as_root() {
   if [ "$(id -u)" = 0 ]; then "$@"
