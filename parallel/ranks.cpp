@@ -33,8 +33,9 @@ class Ranks : public Communicator {
 
   ~Ranks() override {
     if (!is_lost_) return;
-    // The transport's destructor would wait for transfers that never end, and the watch goes on seeing to it that the process ends.
+    // A transport's destructor would wait for transfers that never end, and the watch goes on seeing to it that the process ends.
     static_cast<void>(transport_.release());
+    static_cast<void>(gpu_transport_.release());
     static_cast<void>(watch_.release());
     static_cast<void>(meeting_.release());
     in_flight = true;
@@ -64,7 +65,7 @@ class Ranks : public Communicator {
     std::vector<std::int64_t> shape = own.sizes().vec();
     shape.insert(shape.begin(), size_);
     at::Tensor all = at::empty(shape, own.options());
-    if (own.numel() > 0) finish(transport_->all_gather(all.view({size_, -1}), own.contiguous().view(-1)));
+    if (own.numel() > 0) finish(transport_for(own).all_gather(all.view({size_, -1}), own.contiguous().view(-1)));
     return all;
   }
 
@@ -72,14 +73,14 @@ class Ranks : public Communicator {
     enter(what);
     if (!all.is_contiguous() || !own.is_contiguous() || all.scalar_type() != own.scalar_type() || all.numel() != size_ * own.numel())
       fail(ErrorKind::kBug, what, ": parts of ", own.sizes(), " cannot be gathered into ", all.sizes());
-    return std::make_unique<Started>(*this, own.numel() == 0 ? nullptr : transport_->all_gather(all.view({size_, -1}), own.view(-1)), what);
+    return std::make_unique<Started>(*this, own.numel() == 0 ? nullptr : transport_for(own).all_gather(all.view({size_, -1}), own.view(-1)), what);
   }
 
   at::Tensor reduce_scatter(const at::Tensor& parts, std::string_view what) override {
     enter(what);
     if (parts.size(0) != size_) fail(ErrorKind::kBug, "reduce_scatter of ", parts.size(0), " parts among ", size_, " ranks");
     at::Tensor gathered = at::empty_like(parts, at::MemoryFormat::Contiguous);
-    if (parts.numel() > 0) finish(transport_->all_to_all(gathered.view({size_, -1}), parts.contiguous().view({size_, -1})));
+    if (parts.numel() > 0) finish(transport_for(parts).all_to_all(gathered.view({size_, -1}), parts.contiguous().view({size_, -1})));
     return tree_sum(gathered.unbind(0)).contiguous();
   }
 
@@ -89,7 +90,7 @@ class Ranks : public Communicator {
     for (at::Tensor& tensor : tensors) {
       if (!tensor.is_contiguous()) fail(ErrorKind::kBug, what, ": a tensor to broadcast must be contiguous");
       if (tensor.numel() == 0) continue;
-      transfers.push_back(transport_->broadcast(tensor.detach().view(-1), root));
+      transfers.push_back(transport_for(tensor).broadcast(tensor.detach().view(-1), root));
       if (transfers.size() == 16) finish(std::move(transfers.front())), transfers.pop_front();
     }
     for (std::unique_ptr<Transfer>& transfer : transfers) finish(std::move(transfer));
@@ -102,6 +103,7 @@ class Ranks : public Communicator {
     for (at::Tensor& tensor : tensors) {
       if (!tensor.is_contiguous() || (tensor.scalar_type() != at::kFloat && tensor.scalar_type() != at::kDouble))
         fail(ErrorKind::kBug, what, ": a tensor to sum must be contiguous f32 or f64");
+      if (tensor.device() != tensors.front().device()) fail(ErrorKind::kBug, what, ": tensors on different devices in one sum");
       if (tensor.numel() > 0) flat.push_back(tensor.detach().view(-1));
     }
     std::deque<Bucket> under_way;
@@ -157,16 +159,23 @@ class Ranks : public Communicator {
     for (const at::Tensor& piece : bucket.pieces) flat.narrow(0, done, piece.numel()).copy_(piece), done += piece.numel();
     flat.narrow(0, done, flat.numel() - done).zero_();
     bucket.gathered = at::empty_like(bucket.own);
-    bucket.transfer = transport_->all_to_all(bucket.gathered, bucket.own);
+    bucket.transfer = transport_for(bucket.own).all_to_all(bucket.gathered, bucket.own);
   }
 
   void add_up(Bucket& bucket) {
     finish(std::move(bucket.transfer));
     const at::Tensor sum = tree_sum(bucket.gathered.unbind(0)).contiguous();
-    finish(transport_->all_gather(bucket.own, sum));
+    finish(transport_for(sum).all_gather(bucket.own, sum));
     const at::Tensor flat = bucket.own.view(-1);
     std::int64_t done = 0;
     for (const at::Tensor& piece : bucket.pieces) piece.copy_(flat.narrow(0, done, piece.numel())), done += piece.numel();
+  }
+
+  /// Made at the first tensor on a GPU, which comes in the same call on all ranks.
+  Transport& transport_for(const at::Tensor& tensor) {
+    if (!tensor.is_cuda()) return *transport_;
+    if (!gpu_transport_) gpu_transport_ = meeting_->nccl();
+    return *gpu_transport_;
   }
 
   void enter(std::string_view what) {
@@ -214,7 +223,7 @@ class Ranks : public Communicator {
   Place place_;
   bool is_lost_ = false;
   std::unique_ptr<Meeting> meeting_;
-  std::unique_ptr<Transport> transport_;
+  std::unique_ptr<Transport> transport_, gpu_transport_;
   std::unique_ptr<Watch> watch_;
 };
 

@@ -42,6 +42,8 @@ class Meeting {
   virtual std::string get(const std::string& key) = 0;
   virtual bool has(const std::string& key) = 0;
   virtual std::unique_ptr<Transport> gloo() = 0;
+  /// For tensors on GPUs; Error(kResource) where this build or this machine has none.
+  virtual std::unique_ptr<Transport> nccl() = 0;
 };
 
 /// Error(kPeer), naming host and port, when the store cannot be served or reached within the timeout.

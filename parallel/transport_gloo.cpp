@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one file that includes c10d's and Gloo's headers. Gloo itself is inside libtorch_cpu.so; the headers are those of Debian's libgloo-dev,
+// The one file that includes Gloo's headers. Gloo itself is inside libtorch_cpu.so; the headers are those of Debian's libgloo-dev,
 // which are older than that. So only pointers to its types pass through here, and nothing that would make the compiler write out
 // a class of theirs (tests/parallel/vtables_test.py looks).
 #define USE_C10D_GLOO
@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "parallel/nccl.h"
 #include "parallel/transport.h"
 
 namespace alambic::parallel {
@@ -94,6 +95,7 @@ class TcpMeeting : public Meeting {
   std::string get(const std::string& key) override { return store_->get_to_str(key); }
   bool has(const std::string& key) override { return store_->check({key}); }
   std::unique_ptr<Transport> gloo() override { return std::make_unique<Gloo>(gloo_group(store_, environment_, timeout_seconds_)); }
+  std::unique_ptr<Transport> nccl() override { return nccl_transport(*store_, environment_.rank, environment_.size); }
 
  private:
   LaunchEnvironment environment_;
