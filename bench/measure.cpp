@@ -8,7 +8,8 @@
 //   alambic_bench teacher-cache FOLDER sampled|top_k  MB/s and tokens/s of a cache written without a teacher, and read by batches
 //   alambic_bench load MODEL f32|bf16                 seconds to weights in memory
 //   alambic_bench step MODEL f32|bf16 [KEY=VALUE...]  tokens/s of training steps; keys: see StepCase
-// Threads: OMP_NUM_THREADS.
+//   alambic_bench collectives BYTES REPEATS           seconds of each call between ranks
+// Threads: OMP_NUM_THREADS. step and collectives run on the ranks that a launcher started (docs/ranks.md); each prints what it measured.
 #include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/arange.h>
@@ -22,11 +23,13 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <csignal>
 #include <cstdio>
 #include <fstream>
 #include <iostream>
 #include <span>
 
+#include "bench/collectives.h"
 #include "checkpoints/hf_folder.h"
 #include "core/error.h"
 #include "core/json.h"
@@ -42,6 +45,7 @@
 #include "models/fused_blocks.h"
 #include "models/product.h"
 #include "parallel/communicator.h"
+#include "parallel/connect.h"
 #include "train/cross_entropy.h"
 #include "train/memory.h"
 #include "train/plan.h"
@@ -272,11 +276,12 @@ double flops_of_a_step(models::Decoder& decoder, const data::Batch& batch) {
   return flops;
 }
 
-// What a step is made of: "rows=4 length=512 documents=512 labels=1 method=lora optimizer=adamw memory=store steps=3", any of them. With teacher=copy
+// What a step is made of: "rows=4 length=512 documents=512 labels=1 method=lora optimizer=adamw memory=store steps=3 batches=1", any of them; batches are the
+// micro-batches of all ranks, which share them. With teacher=copy
 // the loss is the forward KL to the same model loaded once more, with teacher=base to the student's own base, with teacher=sampled to 12
 // draws a token of that base, packed as a cache holds them and unpacked in every step.
 struct StepCase {
-  std::int64_t rows = 4, length = 512, documents = 0, steps = 3;
+  std::int64_t rows = 4, length = 512, documents = 0, steps = 3, batches = 1;
   double labels = 1;
   std::string method = "lora", memory = "store", quantize = "none", optimizer = "adamw", teacher = "none", objective = "forward_kl";
 };
@@ -289,6 +294,7 @@ StepCase step_case(std::span<const std::string> words) {
     else if (key == "length") wanted.length = std::stoll(value);
     else if (key == "documents") wanted.documents = std::stoll(value);
     else if (key == "steps") wanted.steps = std::stoll(value);
+    else if (key == "batches") wanted.batches = std::stoll(value);
     else if (key == "labels") wanted.labels = std::stod(value);
     else if (key == "method") wanted.method = value;
     else if (key == "memory") wanted.memory = value;
@@ -344,6 +350,8 @@ std::vector<std::uint8_t> packed_signal(const distill::SignalForm& form, const m
   return bytes;
 }
 
+std::unique_ptr<parallel::Communicator> connect_ranks() { return parallel::connect(parallel::launch_environment(), {.timeout_seconds = 300}); }
+
 Json step(const std::filesystem::path& model, at::ScalarType type, const StepCase& wanted) {
   use_tensor_heaps();
   train::TrainConfig config;
@@ -357,9 +365,11 @@ Json step(const std::filesystem::path& model, at::ScalarType type, const StepCas
   config.data.rows_per_batch = wanted.rows;
   train::prepare_blocks(decoder, config);
   const std::unique_ptr<train::Optimizer> optimizer = train::make_optimizer(lora::trainable(decoder), {.kind = wanted.optimizer});
-  const auto alone = parallel::single();
+  const std::unique_ptr<parallel::Communicator> ranks = connect_ranks();
+  if (wanted.batches % ranks->size() != 0) fail(ErrorKind::kUsage, "step: ", wanted.batches, " batches among ", ranks->size(), " ranks");
   const data::Batch batch = batch_of(wanted, decoder.config.vocabulary_size);
-  const auto num_tokens = static_cast<double>(batch.tokens_T.numel());
+  const std::vector<data::Batch> own_batches(static_cast<std::size_t>(wanted.batches / ranks->size()), batch);
+  const auto num_tokens = static_cast<double>(batch.tokens_T.numel() * wanted.batches);
   const train::MemoryEstimate estimate = train::estimate_memory(decoder, static_cast<std::uint64_t>(optimizer->state_bytes()), batch.tokens_T.numel());
   if (wanted.teacher != "none") {  // adapters that change something, and the peer's: else the first loss is 0
     const at::NoGradGuard constant;
@@ -402,16 +412,24 @@ Json step(const std::filesystem::path& model, at::ScalarType type, const StepCas
     return train::cross_entropy_sum(decoder.hidden_TD(train::input_of(own, seed)), decoder.head, own.targets_T, own.keep_T, seed);
   };
   const double planned = train::probe_seconds(loss_sum, batch, *optimizer);
+  double gradient_bytes = 0;
+  for (const models::NamedTensor& tensor : lora::trainable(decoder)) gradient_bytes += static_cast<double>(tensor.tensor->nbytes());
   std::vector<double> losses, seconds;
   for (int i = 0; i < 1 + wanted.steps; ++i) {  // the first one makes the optimiser's state
     const Stopwatch watch;
-    losses.push_back(train::step({&batch, 1}, loss_sum, *optimizer, 2e-4, 1.0, /*dropout_seed=*/1, *alone).nats_per_token);
+    losses.push_back(train::step(own_batches, loss_sum, *optimizer, 2e-4, 1.0, /*dropout_seed=*/1, *ranks).nats_per_token);
     if (i > 0) seconds.push_back(watch.seconds());
   }
   std::sort(seconds.begin(), seconds.end());
   const double median = (seconds[(seconds.size() - 1) / 2] + seconds[seconds.size() / 2]) / 2;
   return {{"value", num_tokens / median}, {"unit", "tokens/s"}, {"peak_memory_gb", resident("VmHWM")}, {"estimated_memory_gb", static_cast<double>(estimate.total()) / 1e9},
-          {"flops_of_a_step", flops_of_a_step(decoder, batch)}, {"seconds", median}, {"planned_seconds", planned}, {"losses", losses}};
+          {"flops_of_a_step", flops_of_a_step(decoder, batch) * static_cast<double>(wanted.batches)}, {"seconds", median}, {"planned_seconds", planned * static_cast<double>(own_batches.size())},
+          {"gradient_bytes", gradient_bytes}, {"losses", losses}};
+}
+
+Json collectives(std::int64_t bytes, int repeats) {
+  use_tensor_heaps();
+  return measure_collectives(*connect_ranks(), bytes, repeats);
 }
 
 Json measure(const std::vector<std::string>& words) {
@@ -423,6 +441,7 @@ Json measure(const std::vector<std::string>& words) {
   if (is("resume-simulated", 0)) return resume_simulated();
   if (is("teacher-cache", 2)) return teacher_cache(words[1], words[2]);
   if (is("load", 2)) return load(words[1], type_named(words[2]));
+  if (is("collectives", 2)) return collectives(std::stoll(words[1]), std::stoi(words[2]));
   if (words.size() >= 3 && words[0] == "step") return step(words[1], type_named(words[2]), step_case(std::span(words).subspan(3)));
   fail(ErrorKind::kUsage, "unknown measurement or a wrong number of arguments", Remedy{"the top of bench/measure.cpp lists them"});
 }
@@ -431,6 +450,7 @@ Json measure(const std::vector<std::string>& words) {
 }  // namespace alambic::bench
 
 int main(int argc, char** argv) {
+  std::signal(SIGPIPE, SIG_IGN);  // of a connection to a rank that is gone
   try {
     std::cout << alambic::to_line(alambic::bench::measure({argv + 1, argv + argc})) << std::endl;
     return 0;

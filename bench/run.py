@@ -21,10 +21,14 @@ import os
 import pathlib
 import platform
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+
+import simulate
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PEERS = ROOT / "bench" / "peers"
@@ -49,6 +53,31 @@ def run(command, threads):
     if done.returncode != 0:
         raise Failed(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     return done.stdout, seconds
+
+
+def run_at_once(command, threads, environments):
+    """JSON objects of as many processes that run at once, each with its own variables more."""
+    present(pathlib.Path(command[0]), "run scripts/bench.sh, which builds and fetches what is needed")
+    started = []
+    for more in environments:
+        outputs = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+        started.append((subprocess.Popen([str(word) for word in command], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": str(threads), **more}, stdout=outputs[0], stderr=outputs[1], text=True), outputs))
+    results = []
+    for process, outputs in started:
+        code = process.wait()
+        texts = [output.seek(0) or output.read() for output in outputs]
+        if code != 0:
+            raise Failed(f"{' '.join(map(str, command))} ended with {code}:\n{texts[1][-2000:]}")
+        results.append(json.loads(texts[0].strip().splitlines()[-1]))
+    return results
+
+
+def run_ranks(command, ranks, threads=1):
+    """The JSON object of rank 0 of so many."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    return run_at_once(command, threads, [{"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for rank in range(ranks)])[0]
 
 
 def present(path, remedy):
@@ -293,8 +322,51 @@ def merge_case(rounds, threads):
                   note="reading, merging and writing; ours hashes and syncs to disk; its proof and the peer's imports only count in process_seconds")
 
 
+# (name, its words, numbers of micro-batches of all ranks): steps of a data-parallel run.
+RANK_STEPS = [("lora_1x512", "rows=1 length=512", (2,)), ("full_1x128", "rows=1 length=128 method=full", (2, 8))]
+CALLS = ("sum", "all_gather", "reduce_scatter", "broadcast")
+
+
+def ranks_case(rounds, threads, most=2):
+    """Each rank has one thread: more would compute with cores that the other ranks need. For shares and for the simulator the best of the
+    rounds counts, as other processes only take from a machine; what is compared is measured in turns."""
+    folder = model(threads)
+    sizes = (65_536, 4_000_000, 64_000_000)
+    calls = {size: [] for size in sizes}
+    for _ in range(rounds):
+        for size in sizes:
+            calls[size].append(run_ranks([OURS, "collectives", size, 9], most))
+    for size, measured in calls.items():
+        rates = {call: [each[call]["received"] / each[call]["seconds"] / 1e9 for each in measured] for call in ("socket_one_way", "socket_both_ways", *CALLS)}
+        for call, found in rates.items():
+            more = {"share_of_loopback": max(found) / max(rates["socket_one_way" if call == "broadcast" else "socket_both_ways"])} if call in CALLS else {}
+            yield outcome(f"{call}_{size}_bytes_{most}_ranks", "GB/s", found, seconds=[each[call]["seconds"] for each in measured], received=measured[0][call]["received"], **more,
+                          note="bytes that a rank receives; the share is of a plain socket between the same processes that sends one way (broadcast) or both ways")
+    sums = [[measured[0]["bytes"], min(each["sum"]["seconds"] for each in measured)] for measured in calls.values()]
+    for name, words, numbers in RANK_STEPS:
+        command = [OURS, "step", folder, "f32", *words.split(), "steps=2"]
+        together = {(ranks, batches): [] for ranks in (1, most) for batches in numbers}
+        alone = {(ranks, batches): [] for ranks in (1, most) for batches in (1, 3)}
+        for _ in range(rounds):
+            for (ranks, batches), found in together.items():
+                found.append(run_ranks([*command, f"batches={batches}"], ranks))
+            # As many processes that say nothing to each other: they share the machine as the ranks do.
+            for (ranks, batches), found in alone.items():
+                found.append(statistics.mean(each["seconds"] for each in run_at_once([*command, f"batches={batches}"], 1, [{}] * ranks)))
+        for (ranks, batches), found in together.items():
+            if found[0]["losses"][0] != together[1, batches][0]["losses"][0]:
+                raise Failed(f"ranks: the first loss of {ranks} ranks is {found[0]['losses'][0]}, of one {together[1, batches][0]['losses'][0]}")
+            one, three = min(alone[ranks, 1]), min(alone[ranks, 3])
+            micro_batch = (three - one) / 2
+            run = {"ranks": ranks, "batches": batches, "gradient_bytes": found[0]["gradient_bytes"], "micro_batch_seconds": micro_batch, "optimizer_seconds": max(0.0, one - micro_batch),
+                   "sums": sums, "seconds": min(each["seconds"] for each in found)}
+            said = simulate.simulated_seconds(run)
+            yield outcome(f"ranks_{name}_{batches}_batches_of_{ranks}", "tokens/s", [each["value"] for each in found],
+                          times_of_one_rank=max(each["value"] for each in found) / max(each["value"] for each in together[1, batches]), simulated_seconds=said, simulated_share=said / run["seconds"], run=run)
+
+
 CASES = {"prepare": prepare_case, "batch_stream": batch_stream_case, "teacher_cache": teacher_cache_case, "load": load_case, "train_step": train_step_case,
-         "distill_step": distill_step_case, "merge": merge_case}
+         "distill_step": distill_step_case, "merge": merge_case, "ranks": ranks_case}
 # Parts of a case, for whom its half an hour is too long.
 PARTS = {f"train_step_{dtype}": functools.partial(train_step_case, types=(dtype,)) for dtype in ("f32", "bf16")}
 
@@ -322,9 +394,13 @@ def versions():
 
 
 def readable(line):
-    text = f"{line['case']:34} {line['value']:12.4g} {line['unit']:9}"
+    text = f"{line['case']:38} {line['value']:12.4g} {line['unit']:9}"
     if line["peer"]:
         text += f" peer {line['peer_value']:10.4g}  ratio {line['ratio']:6.3f}"
+    if "share_of_loopback" in line["more"]:
+        text += f"  share of loopback {line['more']['share_of_loopback']:.3f}"
+    if "simulated_share" in line["more"]:
+        text += f"  {line['more']['times_of_one_rank']:.2f} times one rank, simulated / measured {line['more']['simulated_share']:.3f}"
     if line["share_of_peak"] is not None:
         text += f"  share of peak {line['share_of_peak']:.3f}"
     return text

@@ -100,7 +100,7 @@ Gpus gpus() {
 
 std::unique_ptr<Transport> nccl_transport(c10d::Store& store, int rank, int size) {
   if (const Gpus found = gpus(); found.seen.empty())
-    fail(ErrorKind::kResource, "tensors on GPUs are to be sent to other ranks, but there is no GPU: ", found.why_none, Remedy{"alambic doctor lists what is there"});
+    fail(ErrorKind::kResource, "tensors on GPUs are to be sent to other ranks, but there is no GPU: ", found.why_none, Remedy{"nvidia-smi lists what the driver sees"});
   return std::make_unique<Nccl>(c10::intrusive_ptr<c10d::Store>::reclaim_copy(&store), rank, size);
 }
 
