@@ -34,8 +34,9 @@ class GlooTransfer : public Transfer {
       work_->wait(Milliseconds(timeout));
       return true;
     } catch (const std::exception&) {
-      if (work_->isCompleted()) throw;
-      return false;  // only the wait has ended
+      if (!work_->isCompleted()) return false;  // only the wait has ended
+      work_->wait(Milliseconds(timeout));       // it may have come to its end since the wait gave up: says how, at once
+      return true;
     }
   }
 
