@@ -22,7 +22,8 @@ class Single : public Communicator {
  public:
   int rank() const override { return 0; }
   int size() const override { return 1; }
-  void sum_in_place(std::span<at::Tensor>, std::string_view) override {}
+  void start_sum(std::span<at::Tensor>, std::string_view) override {}
+  void finish_sums(std::string_view) override {}
   at::Tensor all_gather(const at::Tensor& own, std::string_view) override { return own.unsqueeze(0); }
   std::unique_ptr<Gather> start_all_gather(const at::Tensor& all, const at::Tensor& own, std::string_view) override {
     all[0].copy_(own);
@@ -33,6 +34,7 @@ class Single : public Communicator {
   void barrier(std::string_view) override {}
   void at_step(std::int64_t) override {}
   void check() override {}
+  double seconds_in_calls() const override { return 0; }
   void tell_failure(std::string_view) noexcept override {}
 };
 

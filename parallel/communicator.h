@@ -37,7 +37,15 @@ class Communicator {
 
   /// Adds elementwise over ranks, in the order of tree_sum: the same result, bit for bit, on every rank and in every run. Contiguous
   /// tensors, f32 or f64.
-  virtual void sum_in_place(std::span<at::Tensor> tensors, std::string_view what) = 0;
+  void sum_in_place(std::span<at::Tensor> tensors, std::string_view what) {
+    start_sum(tensors, what);
+    finish_sums(what);
+  }
+  /// Begins such a sum and returns; tensors are left alone until finish_sums(). Sums begin in the same order on all ranks. The next that begins
+  /// carries the former on, so that what is computed between them hides the transfers. Other calls may come between.
+  virtual void start_sum(std::span<at::Tensor> tensors, std::string_view what) = 0;
+  /// Alone: all sums that were begun are done.
+  virtual void finish_sums(std::string_view what) = 0;
   /// [size, ...]: every rank's tensor.
   virtual at::Tensor all_gather(const at::Tensor& own, std::string_view what) = 0;
   /// The same into `all`: [size, ...], and returns at once. The start is the collective call that keeps its place among the others; ranks
@@ -53,6 +61,8 @@ class Communicator {
   virtual void at_step(std::int64_t step) = 0;
   /// Alone: Error(kPeer) when another rank is known to be lost. Returns at once.
   virtual void check() = 0;
+  /// Alone: seconds that this rank has spent in calls so far, moving, adding and waiting for others.
+  virtual double seconds_in_calls() const = 0;
   /// Alone: this rank ends with an error of its own; the others are told. The object is good for nothing else afterwards.
   virtual void tell_failure(std::string_view message) noexcept = 0;
 };

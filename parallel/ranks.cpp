@@ -20,7 +20,6 @@ namespace alambic::parallel {
 namespace {
 
 constexpr std::int64_t kBucketBytes = 8 << 20;  // of a sum: small enough that two of them cost little memory, large enough that latency does not count
-constexpr std::size_t kBucketsAtOnce = 2;       // one moves while another is added up
 constexpr int kSliceMilliseconds = 100;         // between two looks at the watch
 constexpr double kSecondsForTheWatch = 6;       // to explain a connection that broke
 
@@ -33,6 +32,8 @@ class Ranks : public Communicator {
 
   ~Ranks() override {
     if (!is_lost_) return;
+    for (Bucket& bucket : sums_)
+      if (bucket.transfer) abandon(std::move(bucket.transfer));
     // A transport's destructor would wait for transfers that never end, and the watch goes on seeing to it that the process ends.
     static_cast<void>(transport_.release());
     static_cast<void>(gpu_transport_.release());
@@ -43,6 +44,7 @@ class Ranks : public Communicator {
 
   int rank() const override { return rank_; }
   int size() const override { return size_; }
+  double seconds_in_calls() const override { return seconds_in_calls_; }
   void at_step(std::int64_t step) override { place_.step = step; }
 
   void check() override {
@@ -55,12 +57,14 @@ class Ranks : public Communicator {
   }
 
   void barrier(std::string_view what) override {
+    const Timed timed(*this);
     enter(what);
     const at::Tensor own = at::zeros({1}, at::kByte);
     finish(transport_->all_gather(at::empty({size_, 1}, at::kByte), own));
   }
 
   at::Tensor all_gather(const at::Tensor& own, std::string_view what) override {
+    const Timed timed(*this);
     enter(what);
     std::vector<std::int64_t> shape = own.sizes().vec();
     shape.insert(shape.begin(), size_);
@@ -70,6 +74,7 @@ class Ranks : public Communicator {
   }
 
   std::unique_ptr<Gather> start_all_gather(const at::Tensor& all, const at::Tensor& own, std::string_view what) override {
+    const Timed timed(*this);
     enter(what);
     if (!all.is_contiguous() || !own.is_contiguous() || all.scalar_type() != own.scalar_type() || all.numel() != size_ * own.numel())
       fail(ErrorKind::kBug, what, ": parts of ", own.sizes(), " cannot be gathered into ", all.sizes());
@@ -77,6 +82,7 @@ class Ranks : public Communicator {
   }
 
   at::Tensor reduce_scatter(const at::Tensor& parts, std::string_view what) override {
+    const Timed timed(*this);
     enter(what);
     if (parts.size(0) != size_) fail(ErrorKind::kBug, "reduce_scatter of ", parts.size(0), " parts among ", size_, " ranks");
     at::Tensor gathered = at::empty_like(parts, at::MemoryFormat::Contiguous);
@@ -85,6 +91,7 @@ class Ranks : public Communicator {
   }
 
   void broadcast_in_place(std::span<at::Tensor> tensors, int root, std::string_view what) override {
+    const Timed timed(*this);
     enter(what);
     std::deque<std::unique_ptr<Transfer>> transfers;
     for (at::Tensor& tensor : tensors) {
@@ -96,8 +103,8 @@ class Ranks : public Communicator {
     for (std::unique_ptr<Transfer>& transfer : transfers) finish(std::move(transfer));
   }
 
-  // A bucket goes through two transfers: each rank gets its share of every other's bucket and adds them up, then all get all sums.
-  void sum_in_place(std::span<at::Tensor> tensors, std::string_view what) override {
+  void start_sum(std::span<at::Tensor> tensors, std::string_view what) override {
+    const Timed timed(*this);
     enter(what);
     std::vector<at::Tensor> flat;
     for (at::Tensor& tensor : tensors) {
@@ -106,7 +113,6 @@ class Ranks : public Communicator {
       if (tensor.device() != tensors.front().device()) fail(ErrorKind::kBug, what, ": tensors on different devices in one sum");
       if (tensor.numel() > 0) flat.push_back(tensor.detach().view(-1));
     }
-    std::deque<Bucket> under_way;
     for (std::size_t first = 0; first < flat.size();) {
       const std::int64_t most = kBucketBytes / static_cast<std::int64_t>(flat[first].element_size());
       Bucket bucket;
@@ -118,11 +124,16 @@ class Ranks : public Communicator {
         else flat[first] = flat[first].narrow(0, taken, flat[first].numel() - taken);
       }
       if (bucket.pieces.empty()) fail(ErrorKind::kBug, what, ": tensors of different types in one sum");
+      carry_on_sums(1);  // one gathers its sums while the next is sent
       send(bucket);
-      under_way.push_back(std::move(bucket));
-      if (under_way.size() == kBucketsAtOnce) add_up(under_way.front()), under_way.pop_front();
+      sums_.push_back(std::move(bucket));
     }
-    for (Bucket& bucket : under_way) add_up(bucket);
+  }
+
+  void finish_sums(std::string_view what) override {
+    const Timed timed(*this);
+    place_.what = what;
+    carry_on_sums(0);
   }
 
  private:
@@ -131,6 +142,18 @@ class Ranks : public Communicator {
     std::int64_t numel = 0;
     at::Tensor own, gathered;  // [size, share]
     std::unique_ptr<Transfer> transfer;
+    bool is_added = false;  // the transfer under way is the second
+  };
+
+  /// Adds to seconds_in_calls().
+  class Timed {
+   public:
+    explicit Timed(Ranks& ranks) : ranks_(ranks) {}
+    ~Timed() { ranks_.seconds_in_calls_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - began_).count(); }
+
+   private:
+    Ranks& ranks_;
+    std::chrono::steady_clock::time_point began_ = std::chrono::steady_clock::now();
   };
 
   class Started : public Gather {
@@ -141,6 +164,7 @@ class Ranks : public Communicator {
     }
     void wait() override {
       if (!transfer_) return;
+      const Timed timed(ranks_);
       ranks_.place_.what = what_;  // for messages; the watch knows the call by its start
       ranks_.finish(std::move(transfer_));
     }
@@ -162,13 +186,25 @@ class Ranks : public Communicator {
     bucket.transfer = transport_for(bucket.own).all_to_all(bucket.gathered, bucket.own);
   }
 
-  void add_up(Bucket& bucket) {
-    finish(std::move(bucket.transfer));
-    const at::Tensor sum = tree_sum(bucket.gathered.unbind(0)).contiguous();
-    finish(transport_for(sum).all_gather(bucket.own, sum));
-    const at::Tensor flat = bucket.own.view(-1);
-    std::int64_t done = 0;
-    for (const at::Tensor& piece : bucket.pieces) piece.copy_(flat.narrow(0, done, piece.numel())), done += piece.numel();
+  // A bucket goes through two transfers: each rank gets its share of every other's bucket and adds them up, then all get all sums.
+  // Here all enter their second, and all but `left` end it. That does not hang on what has come already, so that all ranks begin their
+  // transfers in one order.
+  void carry_on_sums(std::size_t left) {
+    for (Bucket& bucket : sums_) {
+      if (bucket.is_added) continue;
+      finish(std::move(bucket.transfer));
+      const at::Tensor sum = tree_sum(bucket.gathered.unbind(0)).contiguous();
+      bucket.gathered.reset();
+      bucket.transfer = transport_for(sum).all_gather(bucket.own, sum);
+      bucket.is_added = true;
+    }
+    for (; sums_.size() > left; sums_.pop_front()) {
+      Bucket& bucket = sums_.front();
+      finish(std::move(bucket.transfer));
+      const at::Tensor flat = bucket.own.view(-1);
+      std::int64_t done = 0;
+      for (const at::Tensor& piece : bucket.pieces) piece.copy_(flat.narrow(0, done, piece.numel())), done += piece.numel();
+    }
   }
 
   /// Made at the first tensor on a GPU, which comes in the same call on all ranks.
@@ -222,6 +258,8 @@ class Ranks : public Communicator {
   double timeout_seconds_;
   Place place_;
   bool is_lost_ = false;
+  double seconds_in_calls_ = 0;
+  std::deque<Bucket> sums_;  // under way, in the order of their beginnings
   std::unique_ptr<Meeting> meeting_;
   std::unique_ptr<Transport> transport_, gpu_transport_;
   std::unique_ptr<Watch> watch_;

@@ -125,6 +125,24 @@ TEST_P(OnRanks, GathersUnderWayAreWaitedForInAnyOrder) {
   }));
 }
 
+TEST_P(OnRanks, SumsUnderWayHaveTheBitsOfSumsInPlace) {
+  expect_all_fine(run_ranks(GetParam(), kPatient, [](Communicator& ranks) -> std::string {
+    std::vector<at::Tensor> in_place, under_way;
+    for (const std::int64_t size : {3'000'000, 1, 0, 70'000, 5'000'000, 17})
+      in_place.push_back((at::arange(size, at::kFloat) * (1.1 + ranks.rank())).sin().mul(20).exp()), under_way.push_back(in_place.back().clone());
+    ranks.sum_in_place(in_place, "in place");
+    for (std::size_t i = 0; i < under_way.size(); ++i) {
+      ranks.start_sum({&under_way[i], 1}, "under way " + std::to_string(i));
+      if (i == 3 && !ranks.all_gather(at::full({2}, ranks.rank(), at::kLong), "between")[ranks.size() - 1].equal(at::full({2}, ranks.size() - 1, at::kLong))) return "a gather between";
+    }
+    ranks.finish_sums("under way");
+    ranks.finish_sums("nothing under way");
+    for (std::size_t i = 0; i < under_way.size(); ++i)
+      if (!under_way[i].equal(in_place[i])) return "sum " + std::to_string(i);
+    return (ranks.seconds_in_calls() > 0) == (ranks.size() > 1) ? "" : "no time was spent in calls";
+  }));
+}
+
 TEST(TreeSum, EveryNthPartIsASubtree) {
   std::vector<at::Tensor> parts;
   for (int i = 0; i < 12; ++i) parts.push_back(at::randn({1000}) * std::pow(10.0, i % 5));
@@ -177,6 +195,21 @@ TEST_P(LostRank, ThatDiedBeforeItsPartOfAGatherIsNamed) {
     return "";
   });
   expect_lost(ends, GetParam(), 10, {"rank " + std::to_string(GetParam()) + " died in step 4, first", "in step 4, block"});
+}
+
+TEST_P(LostRank, ThatDiedBetweenTwoSumsIsNamed) {
+  const auto ends = run_ranks(3, kPatient, [](Communicator& ranks) {
+    ranks.at_step(4);
+    std::vector<at::Tensor> values;
+    for (int i = 0; i < 6; ++i) {
+      if (i == 2 && ranks.rank() == static_cast<int>(GetParam())) ::kill(::getpid(), SIGKILL);
+      values.push_back(at::zeros({1 << 20}));
+      ranks.start_sum({&values.back(), 1}, "gradients " + std::to_string(i));
+    }
+    ranks.finish_sums("all gradients");
+    return "";
+  });
+  expect_lost(ends, GetParam(), 10, {"rank " + std::to_string(GetParam()) + " died in step 4, gradients 1", "in step 4, "});
 }
 
 TEST_P(LostRank, ThatHangsBeforeItsPartOfAGatherIsNamed) {
