@@ -164,7 +164,7 @@ at::Tensor relation_divergence_sum(const Relation& student, const Relation& teac
   const at::Tensor value = at::scalar_tensor(sum, at::kDouble);
   if (!differentiable) return value;
   const auto gradient = [](const at::Tensor& d_HTS, const at::Tensor& like) { return d_HTS.transpose(0, 1).to(like.scalar_type()); };
-  return train::KnownGradients::apply(value, at::TensorList{student.left_THS, student.right_THS}, torch::autograd::variable_list{gradient(d_left_HTS, student.left_THS), gradient(d_right_HTS, student.right_THS)});
+  return train::with_known_gradients(value, {student.left_THS, student.right_THS}, {gradient(d_left_HTS, student.left_THS), gradient(d_right_HTS, student.right_THS)});
 }
 
 models::Observer filling(States& into, const MatchConfig& config, const models::Decoder& decoder, const data::Batch& batch, std::uint64_t dropout_seed, const at::Tensor& index_K) {

@@ -12,11 +12,13 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <functional>
 #include <unordered_map>
 
 #include "core/error.h"
 #include "core/random.h"
 #include "models/allocation.h"
+#include "models/leaf_gradient.h"
 #include "models/packed_attention.h"
 #include "models/product.h"
 #include "models/rope.h"
@@ -132,7 +134,8 @@ class Tape {
  public:
   virtual ~Tape() = default;
   virtual at::Tensor forward(const at::Tensor& h_TD) = 0;
-  virtual at::Tensor backward(const at::Tensor& d_hidden_TD, variable_list& gradients) = 0;  // of h_TD; undefined where it needs none
+  /// The gradient of h_TD; undefined where it needs none. `after_block` is called when those of a block's own tensors are in `gradients`.
+  virtual at::Tensor backward(const at::Tensor& d_hidden_TD, variable_list& gradients, const std::function<void()>& after_block) = 0;
   const Trained& trained() const { return trained_; }
 
  protected:
@@ -207,7 +210,7 @@ class TypedTape final : public Tape {
     return hidden_TD;
   }
 
-  at::Tensor backward(const at::Tensor& d_hidden_TD, variable_list& gradients) override {
+  at::Tensor backward(const at::Tensor& d_hidden_TD, variable_list& gradients, const std::function<void()>& after_block) override {
     at::Tensor dh_TD = at::zeros({tokens_, config_.hidden_size}, at::kFloat);
     at::Tensor real_TD = dh_TD.narrow(0, 0, real_tokens_);
     norm_backward(last_TD_, decoder_.final_norm_D, rstd_last_T_, d_hidden_TD.contiguous(), real_TD, gradients);
@@ -215,6 +218,7 @@ class TypedTape final : public Tape {
     for (std::size_t layer = groups_.size(); layer-- > lowest_;) {
       backward_of_block(layer, kept_[layer], dh_TD, gradients);
       kept_.pop_back();
+      after_block();
     }
     return input_needs_gradient_ ? real_TD : at::Tensor();
   }
@@ -646,7 +650,11 @@ struct BlocksBackward : torch::autograd::Node {
     if (!d_outputs[0].defined()) return gradients;
     const at::NoGradGuard no_grad;
     variable_list of_trained(own->trained().tensors().size());
-    gradients[0] = own->backward(d_outputs[0], of_trained);
+    const auto give = [&] {
+      for (std::size_t i = 0; i < of_trained.size(); ++i)
+        if (of_trained[i].defined()) give_to_leaf(*this, 1 + i, of_trained[i]);
+    };
+    gradients[0] = own->backward(d_outputs[0], of_trained, give);
     std::move(of_trained.begin(), of_trained.end(), gradients.begin() + 1);
     return gradients;
   }

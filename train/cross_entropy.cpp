@@ -117,7 +117,7 @@ at::Tensor cross_entropy_sum(const at::Tensor& hidden_TD, const models::Linear& 
     at::Tensor d_hidden_TD = differentiable ? at::zeros_like(hidden_TD.detach()) : at::Tensor();
     const std::vector<double> nats = tiled_nats(hidden_TD, head, kept, loss, d_hidden_TD);
     const at::Tensor value = at::scalar_tensor(std::accumulate(nats.begin(), nats.end(), 0.0), at::kDouble);
-    return differentiable ? KnownGradients::apply(value, at::TensorList{hidden_TD}, variable_list{d_hidden_TD}) : value;
+    return differentiable ? with_known_gradients(value, {hidden_TD}, {d_hidden_TD}) : value;
   }
   const at::Tensor targets = kept.targets_K.contiguous();
   return head_loss_sum(hidden_TD, head, kept.index_K, dropout_seed, [&](at::Tensor& logits_KV, std::int64_t first, bool differentiable) {
@@ -181,7 +181,7 @@ at::Tensor head_loss_sum(const at::Tensor& hidden_TD, const models::Linear& head
       for (std::size_t i = 1; i < found.size(); ++i) add_to(gradients[i], found[i]);
     }
   }
-  return differentiable ? KnownGradients::apply(value(), at::TensorList(inputs), gradients) : value();
+  return differentiable ? with_known_gradients(value(), inputs, std::move(gradients)) : value();
 }
 
 at::Tensor cross_entropy_of_kept(const at::Tensor& hidden_TD, const models::Linear& head, const at::Tensor& targets_T,

@@ -65,11 +65,16 @@ MemoryEstimate estimate_memory(models::Decoder& decoder, std::uint64_t optimizer
       dense = std::max(dense, 2 * static_cast<std::uint64_t>(linear.linear->outputs() * linear.linear->inputs()) * c10::elementSize(linear.linear->compute_type()));
     }
   estimate.weights += dense;
+  const auto tokens = static_cast<double>(batch_tokens);
+  if (decoder.fused) {
+    // Gradients of the base come as what was kept for them goes: of the two only the larger counts, and `trained` has one already.
+    const double kept = tokens * models::kept_bytes_per_token(decoder), gradients = static_cast<double>(estimate.trained);
+    estimate.activations = static_cast<std::uint64_t>(tokens * work_per_token(decoder) + std::max(0.0, kept - gradients));
+  } else {
+    estimate.activations = static_cast<std::uint64_t>(tokens * aten_bytes_per_token(decoder));
+  }
   for (const models::NamedLinear& linear : decoder.linears())
     if (linear.linear->adapter) estimate.trained += 2 * (linear.linear->adapter->a_RI.nbytes() + linear.linear->adapter->b_OR.nbytes());
-  const auto tokens = static_cast<double>(batch_tokens);
-  const double kept = decoder.fused ? models::kept_bytes_per_token(decoder) + work_per_token(decoder) : aten_bytes_per_token(decoder);
-  estimate.activations = static_cast<std::uint64_t>(tokens * kept);
   estimate.head = head_bytes(decoder.head, batch_tokens) + static_cast<std::uint64_t>(tokens * 3 * static_cast<double>(model.hidden_size)) * c10::elementSize(decoder.compute_type());
   return estimate;
 }

@@ -100,6 +100,8 @@ bool decays(std::string_view name) {
   return true;
 }
 
+bool is_in_block(std::string_view name) { return name.find(".layers.") != std::string_view::npos; }
+
 bool is_embedding_or_head(std::string_view name) {
   for (const std::string_view module : {"embed_tokens.weight", "lm_head.weight"})
     if (name == module || (name.ends_with(module) && name[name.size() - module.size() - 1] == '.')) return true;

@@ -28,6 +28,9 @@ bool decays(std::string_view name);
 /// Whether this is the embedding or the head itself, trained whole (not an adapter on it).
 bool is_embedding_or_head(std::string_view name);
 
+/// Whether this belongs to one of the decoder's blocks.
+bool is_in_block(std::string_view name);
+
 /// A trained tensor and how it is to be treated.
 struct Trained {
   std::string name;

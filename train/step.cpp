@@ -14,6 +14,7 @@
 
 #include "core/error.h"
 #include "core/random.h"
+#include "train/gradient_sums.h"
 
 namespace alambic::train {
 namespace {
@@ -85,14 +86,43 @@ std::vector<std::uint64_t> samples_of(std::span<const data::Batch> micro_batches
   return samples;
 }
 
-using Gradients = std::vector<at::Tensor>;
-
 Gradients taken_gradients(Optimizer& optimizer) {
   const std::span<at::Tensor> gradients = optimizer.gradients();
   Gradients taken(gradients.begin(), gradients.end());
   optimizer.forget_gradients();
   return taken;
 }
+
+/// learn(i) for each micro-batch in the order of parallel::tree_walk; their gradients become the sum of that tree. What waits for gradients to
+/// its right when the last micro-batch begins is given to `sums`.
+class Tree {
+ public:
+  Tree(std::size_t size, const std::function<void(std::size_t)>& learn, Optimizer& optimizer, GradientSums& sums) : size_(size), learn_(learn), optimizer_(optimizer), sums_(sums) {
+    walk(0, 1);
+  }
+
+ private:
+  void walk(std::size_t first, std::size_t stride) {
+    if (first + stride >= size_) {
+      if (++begun_ == size_) sums_.expect_last(std::move(left_));
+      learn_(first);
+      return;
+    }
+    walk(first, 2 * stride);
+    left_.push_back(taken_gradients(optimizer_));
+    walk(first + stride, 2 * stride);
+    if (begun_ == size_) return;
+    const std::span<at::Tensor> right = optimizer_.gradients();
+    for (std::size_t i = 0; i < right.size(); ++i) optimizer_.trained()[i].tensor.mutable_grad() = left_.back()[i].add_(right[i]);
+    left_.pop_back();
+  }
+
+  std::size_t size_, begun_ = 0;
+  const std::function<void(std::size_t)>& learn_;
+  Optimizer& optimizer_;
+  GradientSums& sums_;
+  std::vector<Gradients> left_;
+};
 
 }  // namespace
 
@@ -131,20 +161,16 @@ StepReport step(std::span<const data::Batch> micro_batches, const LossSum& loss_
     ranks.check();
     report.stopped = stop_requested && stop_requested();
   };
+  GradientSums sums(optimizer, ranks);
   if (order == Order::kAsTheyCome) {
-    for (std::size_t own = 0; own < micro_batches.size() && !report.stopped; ++own) learn(own);
+    for (std::size_t own = 0; own < micro_batches.size() && !report.stopped; ++own) {
+      if (own + 1 == micro_batches.size()) sums.expect_last({});
+      learn(own);
+    }
   } else {
-    const auto leaf = [&](std::int64_t own) {
-      learn(static_cast<std::size_t>(own));
-      return taken_gradients(optimizer);
-    };
-    const auto join = [](Gradients a, const Gradients& b) {
-      for (std::size_t i = 0; i < a.size(); ++i) a[i].add_(b[i]);
-      return a;
-    };
-    const Gradients sum = parallel::tree_walk<Gradients>(0, 1, static_cast<std::int64_t>(micro_batches.size()), leaf, join);
-    for (std::size_t i = 0; i < sum.size(); ++i) optimizer.trained()[i].tensor.mutable_grad() = sum[i];
+    Tree(micro_batches.size(), learn, optimizer, sums);
   }
+  sums.finish();  // also when a rank stops or skips a loss that is not finite: the others have begun
   nats.votes() = report.stopped ? 1 : 0;
   nats.share("loss");
   report.stopped = nats.votes() > 0;
@@ -155,7 +181,6 @@ StepReport step(std::span<const data::Batch> micro_batches, const LossSum& loss_
   report.nats_per_token = nats.sum() / num_tokens;
   if (tells_each) report.figures = told.sum(num_tokens);
   else if (figures) report.figures = figures(report.num_tokens);
-  ranks.sum_in_place(optimizer.gradients(), "gradients");
   report.grad_norm = clip_to_norm(optimizer.gradients(), max_grad_norm);
   report.applied = std::isfinite(report.nats_per_token) && std::isfinite(report.grad_norm);
   if (report.applied) {

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "train/gradient_sums.h"
+
+#include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <algorithm>
+#include <memory>
+#include <utility>
+
+#include "core/error.h"
+#include "models/leaf_gradient.h"
+
+namespace alambic::train {
+/// Told by autograd that a tensor's gradient has been added to.
+struct GradientSums::Listener final : torch::autograd::PostAccumulateGradHook {
+  Listener(GradientSums& own_sums, std::size_t own_index) : sums(own_sums), index(own_index) {}
+  void operator()(const at::Tensor&) override { sums.is_there(index); }
+  GradientSums& sums;
+  std::size_t index;
+};
+
+GradientSums::GradientSums(Optimizer& optimizer, parallel::Communicator& ranks, std::int64_t bucket_bytes)
+    : optimizer_(optimizer), ranks_(ranks), there_(optimizer.trained().size(), false), given_(there_) {
+  const std::vector<Trained>& trained = optimizer.trained();
+  std::int64_t room = 0;
+  for (const bool of_blocks : {true, false})
+    for (std::size_t i = trained.size(); i-- > 0;) {
+      if (is_in_block(trained[i].name) != of_blocks) continue;
+      if (room <= 0) buckets_.emplace_back(), room = bucket_bytes;
+      buckets_.back().push_back(i);
+      room -= static_cast<std::int64_t>(trained[i].tensor.nbytes());
+    }
+}
+
+GradientSums::~GradientSums() {
+  if (listens_)
+    for (const Trained& one : optimizer_.trained()) torch::autograd::impl::set_post_acc_grad_hooks(one.tensor, nullptr);
+}
+
+void GradientSums::expect_last(std::vector<Gradients> pending) {
+  pending_ = std::move(pending);
+  if (ranks_.size() == 1) return;
+  listens_ = true;
+  for (std::size_t i = 0; i < there_.size(); ++i)
+    if (is_in_block(optimizer_.trained()[i].name)) torch::autograd::impl::set_post_acc_grad_hooks(optimizer_.trained()[i].tensor, std::make_unique<Listener>(*this, i));
+}
+
+void GradientSums::is_there(std::size_t i) {
+  if (given_[i] && !models::is_giving_to_leaf()) return;  // autograd's own visit, which brings nothing
+  given_[i] = models::is_giving_to_leaf();
+  if (there_[i]) fail(ErrorKind::kBug, "two backward passes through ", optimizer_.trained()[i].name, " in one micro-batch, whose gradient is being added up over ranks");
+  fold(i);
+  there_[i] = true;
+  const auto is_whole = [&](const std::vector<std::size_t>& bucket) { return std::all_of(bucket.begin(), bucket.end(), [&](std::size_t each) { return there_[each]; }); };
+  while (begun_ < buckets_.size() && is_whole(buckets_[begun_])) begin_next();
+}
+
+void GradientSums::fold(std::size_t i) {
+  at::Tensor& gradient = optimizer_.trained()[i].tensor.mutable_grad();
+  for (std::size_t level = pending_.size(); level-- > 0;) gradient = pending_[level][i].add_(gradient);
+}
+
+void GradientSums::begin_next() {
+  std::vector<at::Tensor> gradients;
+  for (const std::size_t i : buckets_[begun_]) {
+    at::Tensor& gradient = optimizer_.trained()[i].tensor.mutable_grad();
+    if (!gradient.is_contiguous()) gradient = gradient.contiguous();
+    gradients.push_back(gradient);
+  }
+  begun_ += 1;
+  ranks_.start_sum(gradients, "gradients");
+}
+
+void GradientSums::finish() {
+  const at::NoGradGuard no_grad;
+  optimizer_.gradients();  // zeros where none has come
+  for (std::size_t i = 0; i < there_.size(); ++i)
+    if (!there_[i]) fold(i), there_[i] = true;
+  while (begun_ < buckets_.size()) begin_next();
+  ranks_.finish_sums("gradients");
+}
+
+}  // namespace alambic::train
