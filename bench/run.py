@@ -7,7 +7,8 @@ Standard library only; peers run in .deps/oracle. One line an outcome. With --js
   case, value, unit      ours, the median over the rounds
   peer, peer_value       whom it was compared with, in the same run; null where nobody does the same
   ratio                  value / peer_value: above 1 is better for tokens/s and MB/s, below 1 for s and GB
-  share_of_peak          of the machine's matrix product peak (1024 x 1024 x 1024, same type, same run); null where it says nothing
+  share_of_peak          of what the machine does in matrix products (1024 x 1024 x 1024, same type, by the faster library, just before each
+                         round's run); the median over the rounds; null where it says nothing
   machine                processor, cores, threads, load when the case began, versions, commit
   spread, peer_spread    (largest - smallest) / median over the rounds
   more                   what else the case measured
@@ -250,14 +251,14 @@ def train_step_case(rounds, threads, types=("f32", "bf16")):
     folder = model(threads)
     peer_name = peer_versions("peft", "transformers", "torch")
     for dtype in types:
-        peaks, memory = [], {}
+        memory = {}
         for name, words, peer_words in STEPS:
             if dtype == "bf16" and "full" in name:
                 continue  # trained weights are their own f32 masters here
 
             def ours():
-                peaks.append(run_json([OURS, "gemm", dtype], threads)["value"])
-                return run_json([OURS, "step", folder, dtype, *words.split()], threads)
+                products = run_json([OURS, "gemm", dtype], threads)
+                return {**run_json([OURS, "step", folder, dtype, *words.split()], threads), "products": products}
 
             def peer():
                 return run_json([PYTHON, PEERS / "train_step.py", folder, dtype, *peer_words.split()], threads)
@@ -267,10 +268,13 @@ def train_step_case(rounds, threads, types=("f32", "bf16")):
             for a, b in zip(left[0]["losses"][:1], right[0]["losses"][:1] if right else []):
                 if not abs(a - b) <= (1e-4 if dtype == "f32" else 1e-2) * abs(b):
                     raise Failed(f"train_step {name}: first loss {a}, but the peer has {b}")
-            peak, flops = max(peaks), left[0]["flops_of_a_step"] / 1e9
+            flops = left[0]["flops_of_a_step"] / 1e9
+
+            def share_of(kind):
+                return statistics.median(flops / r["seconds"] / r["products"][kind] for r in left)
             memory[name] = statistics.median(r["peak_memory_gb"] for r in left)
             yield outcome(f"train_step_{dtype}_{name}", "tokens/s", [r["value"] for r in left], peer_name, [r["value"] for r in right],
-                          share_of_peak=statistics.median(flops / r["seconds"] for r in left) / peak, peak_gflops=peak, gflop_of_a_step=flops,
+                          share_of_peak=share_of("value"), share_of_luckiest_product=share_of("best"), share_of_at_mm=share_of("mm"), peak_gflops=statistics.median(r["products"]["value"] for r in left), gflop_of_a_step=flops,
                           planned_tokens_per_second=statistics.median(r["value"] * r["seconds"] / r["planned_seconds"] for r in left), losses=left[0]["losses"], peer_losses=right[0]["losses"] if right else None)
             yield outcome(f"train_step_{dtype}_{name}_memory", "GB", [r["peak_memory_gb"] for r in left], peer_name, [r["peak_memory_gb"] for r in right],
                           estimated_gb=left[0]["estimated_memory_gb"])
@@ -361,8 +365,10 @@ def ranks_case(rounds, threads, most=2):
             run = {"ranks": ranks, "batches": batches, "gradient_bytes": found[0]["gradient_bytes"], "micro_batch_seconds": micro_batch, "optimizer_seconds": max(0.0, one - micro_batch),
                    "sums": sums, "seconds": min(each["seconds"] for each in found)}
             said = simulate.simulated_seconds(run)
+            # In calls a rank also waits for one that computes for longer, so what is hidden is at least this.
+            hidden = {"hidden_share": max(0.0, 1 - min(each["seconds_in_calls"] for each in found) / min(each["seconds_of_sums_alone"] for each in found))} if ranks > 1 else {}
             yield outcome(f"ranks_{name}_{batches}_batches_of_{ranks}", "tokens/s", [each["value"] for each in found],
-                          times_of_one_rank=max(each["value"] for each in found) / max(each["value"] for each in together[1, batches]), simulated_seconds=said, simulated_share=said / run["seconds"], run=run)
+                          times_of_one_rank=max(each["value"] for each in found) / max(each["value"] for each in together[1, batches]), simulated_seconds=said, simulated_share=said / run["seconds"], **hidden, run=run)
 
 
 CASES = {"prepare": prepare_case, "batch_stream": batch_stream_case, "teacher_cache": teacher_cache_case, "load": load_case, "train_step": train_step_case,
@@ -401,6 +407,8 @@ def readable(line):
         text += f"  share of loopback {line['more']['share_of_loopback']:.3f}"
     if "simulated_share" in line["more"]:
         text += f"  {line['more']['times_of_one_rank']:.2f} times one rank, simulated / measured {line['more']['simulated_share']:.3f}"
+    if "hidden_share" in line["more"]:
+        text += f", {line['more']['hidden_share']:.2f} of the sums hidden"
     if line["share_of_peak"] is not None:
         text += f"  share of peak {line['share_of_peak']:.3f}"
     return text
