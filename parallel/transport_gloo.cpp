@@ -24,6 +24,8 @@ using Milliseconds = std::chrono::milliseconds;
 // Transfers are given up by parallel/ranks.cpp, which knows of pauses of this very process; Gloo's own clock never runs out before it.
 constexpr Milliseconds kNever = std::chrono::hours(24 * 365);
 
+constexpr std::size_t kLargeBytes = 1 << 16;  // from here memory counts more than the number of messages
+
 Milliseconds milliseconds(double seconds) { return Milliseconds(static_cast<std::int64_t>(seconds * 1000)); }
 
 class GlooTransfer : public Transfer {
@@ -43,6 +45,20 @@ class GlooTransfer : public Transfer {
  private:
   c10::intrusive_ptr<c10d::Work> work_;
   std::vector<at::Tensor> tensors_;
+};
+
+class Several : public Transfer {
+ public:
+  explicit Several(std::vector<std::unique_ptr<Transfer>> transfers) : transfers_(std::move(transfers)) {}
+  bool wait(int timeout) override {
+    for (; ended_ < transfers_.size(); ++ended_)
+      if (!transfers_[ended_]->wait(timeout)) return false;
+    return true;
+  }
+
+ private:
+  std::vector<std::unique_ptr<Transfer>> transfers_;
+  std::size_t ended_ = 0;
 };
 
 /// Not inlined: a caller that saw the class of the object would call its functions directly, and so write out those that the header defines.
@@ -65,6 +81,13 @@ class Gloo : public Transport {
     return started(group_->all_to_all_single(flat_out, flat_in, even, even), {out, in});
   }
   std::unique_ptr<Transfer> all_gather(at::Tensor out, at::Tensor in) override {
+    if (in.nbytes() >= kLargeBytes) {
+      // Gloo would gather into a tensor of its own first, which takes the memory of all parts once more.
+      std::vector<std::unique_ptr<Transfer>> parts;
+      out.view({group_->getSize(), -1})[group_->getRank()].copy_(in.view(-1));
+      for (int rank = 0; rank < group_->getSize(); ++rank) parts.push_back(broadcast(out.view({group_->getSize(), -1})[rank], rank));
+      return std::make_unique<Several>(std::move(parts));
+    }
     at::Tensor flat_out = out.view(-1), flat_in = in.view(-1);
     return started(group_->all_gather_single(flat_out, flat_in), {out, in});
   }
