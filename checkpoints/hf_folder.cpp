@@ -8,12 +8,14 @@
 #include <set>
 
 #include "checkpoints/base_weights.h"
+#include "checkpoints/load_shards.h"
 #include "checkpoints/safetensors.h"
 #include "core/error.h"
 #include "core/files.h"
 #include "core/json.h"
 #include "core/log.h"
 #include "lora/stored_weight.h"
+#include "parallel/communicator.h"
 
 namespace alambic::checkpoints {
 namespace {
@@ -146,6 +148,7 @@ bool FolderTensors::contains(const std::string& name) const { return state_->own
 at::ScalarType FolderTensors::type(const std::string& name) const { return state_->file_of(name).entries().at(name).type; }
 std::vector<std::int64_t> FolderTensors::shape(const std::string& name) const { return state_->file_of(name).entries().at(name).shape; }
 at::Tensor FolderTensors::tensor(const std::string& name) const { return state_->file_of(name).tensor(name); }
+at::Tensor FolderTensors::slice(const std::string& name, std::int64_t first, std::int64_t count) const { return state_->file_of(name).slice(name, first, count); }
 at::Tensor FolderTensors::tensor_as(const std::string& name, at::ScalarType type) const { return state_->file_of(name).tensor_as(name, type); }
 void FolderTensors::release(const std::string& name) const { state_->file_of(name).release(name); }
 std::uint64_t FolderTensors::num_bytes() const { return state_->num_bytes; }
@@ -160,9 +163,10 @@ std::string FolderTensors::hash() const {
 
 std::string base_hash(const fs::path& folder) { return FolderTensors(folder).hash(); }
 
-models::Decoder load_decoder(const fs::path& folder, at::ScalarType compute_type, const lora::BaseQuantization& quantization, Linears kept) {
+models::Decoder load_decoder(const fs::path& folder, at::ScalarType compute_type, const lora::BaseQuantization& quantization, Linears kept, parallel::Communicator* shared_by) {
   const BaseWeights weights(folder, quantization);
   models::Decoder decoder = models::make_decoder(weights.config());
+  if (shared_by != nullptr && shared_by->size() > 1) load_shards(decoder, weights, compute_type, quantization, *shared_by, folder);
   std::set<const at::Tensor*> norms{&decoder.final_norm_D};
   std::map<const at::Tensor*, models::Linear*> linears;
   for (const models::Block& block : decoder.blocks)

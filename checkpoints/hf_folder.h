@@ -14,6 +14,10 @@
 #include "lora/quantize.h"
 #include "models/decoder.h"
 
+namespace alambic::parallel {
+class Communicator;
+}
+
 namespace alambic::checkpoints {
 
 struct TensorToWrite;  // checkpoints/safetensors.h
@@ -35,6 +39,7 @@ class FolderTensors {
   std::vector<std::int64_t> shape(const std::string& name) const;
   bool contains(const std::string& name) const;
   at::Tensor tensor(const std::string& name) const;                     // SafetensorsFile::tensor
+  at::Tensor slice(const std::string& name, std::int64_t first, std::int64_t count) const;  // SafetensorsFile::slice
   at::Tensor tensor_as(const std::string& name, at::ScalarType type) const;  // SafetensorsFile::tensor_as
   void release(const std::string& name) const;                          // SafetensorsFile::release
   std::uint64_t num_bytes() const;                                      // of all weight files
@@ -55,8 +60,11 @@ class FolderTensors {
 /// The blocks' linear layers are quantised as asked, one after the other, so that the dense model is never in memory; those of
 /// a folder that bitsandbytes quantised are taken as they are (Error(kUsage): something else is asked for).
 /// kAsStored: what of them is stored in bf16 or f16 stays so, a view of the mapping, where the run computes in f32 (lora/stored_weight.h).
+/// shared_by: each of several ranks loads its part of these layers and no more of them (Decoder::shards), in the narrower of the type of the
+/// file and that of the run; it outlives the decoder, and all ranks call this.
 enum class Linears { kDense, kAsStored };
-models::Decoder load_decoder(const std::filesystem::path& folder, at::ScalarType compute_type, const lora::BaseQuantization& quantization = {}, Linears linears = Linears::kDense);
+models::Decoder load_decoder(const std::filesystem::path& folder, at::ScalarType compute_type, const lora::BaseQuantization& quantization = {}, Linears linears = Linears::kDense,
+                             parallel::Communicator* shared_by = nullptr);
 
 /// FolderTensors::hash of `folder`, computed by reading the files once.
 std::string base_hash(const std::filesystem::path& folder);

@@ -85,15 +85,21 @@ at::Tensor SafetensorsFile::tensor(const std::string& name) const {
   const auto found = state_->entries.find(name);
   if (found == state_->entries.end()) fail(ErrorKind::kData, state_->path.string(), ": holds no tensor \"", name, "\"");
   const TensorEntry& entry = found->second;
-  const std::byte* const bytes = state_->data + entry.begin;
+  return slice(name, 0, static_cast<std::int64_t>((entry.end - entry.begin) / c10::elementSize(entry.type))).view(entry.shape);
+}
+
+at::Tensor SafetensorsFile::slice(const std::string& name, std::int64_t first, std::int64_t count) const {
+  const TensorEntry& entry = state_->entries.at(name);
+  const std::size_t size = c10::elementSize(entry.type), length = static_cast<std::size_t>(count) * size;
+  const std::byte* const bytes = state_->data + entry.begin + static_cast<std::size_t>(first) * size;
   const auto options = at::TensorOptions(entry.type);
-  if (entry.begin == entry.end) return at::empty(entry.shape, options);
-  if (reinterpret_cast<std::uintptr_t>(bytes) % c10::elementSize(entry.type) != 0) {
-    at::Tensor copy = at::empty(entry.shape, options);
-    std::memcpy(copy.data_ptr(), bytes, entry.end - entry.begin);
+  if (count == 0) return at::empty({0}, options);
+  if (reinterpret_cast<std::uintptr_t>(bytes) % size != 0) {
+    at::Tensor copy = at::empty({count}, options);
+    std::memcpy(copy.data_ptr(), bytes, length);
     return copy;
   }
-  return at::from_blob(const_cast<std::byte*>(bytes), entry.shape, [state = state_](void*) {}, options);
+  return at::from_blob(const_cast<std::byte*>(bytes), {count}, [state = state_](void*) {}, options);
 }
 
 at::Tensor SafetensorsFile::tensor_as(const std::string& name, at::ScalarType type) const {

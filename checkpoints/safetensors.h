@@ -31,6 +31,8 @@ class SafetensorsFile {
   /// Writing into it is allowed and never reaches the file (copy on write), but other views of the same tensor see it.
   /// Where the file places a tensor at an address its type cannot have, a copy is returned. Error(kData): no such tensor.
   at::Tensor tensor(const std::string& name) const;
+  /// Values [first, first + count) of the flattened tensor, likewise: nothing else of it is read or copied.
+  at::Tensor slice(const std::string& name, std::int64_t first, std::int64_t count) const;
   /// The tensor in `type`: the view where it is stored so, else a copy, after which the mapping's pages are given back, so
   /// that converting a whole file holds one copy of it and not two.
   at::Tensor tensor_as(const std::string& name, at::ScalarType type) const;

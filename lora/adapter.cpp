@@ -220,7 +220,7 @@ AdapterPlan plan_adapters(models::Decoder& decoder, const LoraConfig& config, Un
           problem("lora.modules_to_save: ", linear.path, " can be trained whole only when computing in f32, not in ", toString(decoder.compute_type()));
   for (const models::NamedLinear& linear : linears)
     if (linear.linear->quantized && saved_whole(config.modules_to_save, linear.path, saved_used))
-      problem("lora.modules_to_save: ", linear.path, " is quantised and cannot be trained whole");
+      problem("lora.modules_to_save: ", linear.path, linear.linear->quantized->format() == "sharded" ? " is shared by the ranks (ranks.shard)" : " is quantised", " and cannot be trained whole");
   if (head_saved && decoder.head_tied && !plan.keep_tie) plan.trained_whole.push_back({head_name, &decoder.head.weight_OI});
 
   for (const models::NamedLinear& linear : linears) {

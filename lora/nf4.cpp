@@ -157,15 +157,19 @@ Nf4Parts quantize_nf4(const at::Tensor& weight, bool double_quant) {
     default: fail(ErrorKind::kBug, "a weight of type ", toString(weight.scalar_type()), " cannot be quantised");
   }
   parts.absmax = scales;
-  if (!double_quant) return parts;
+  return double_quant ? with_nested_scales(std::move(parts), nf4_offset(scales)) : parts;
+}
 
-  const at::Tensor offset = [&] {
-    const OneThread one;
-    return scales.mean();
-  }();
-  parts.offset = offset.item<float>();
-  parts.absmax = at::empty({blocks}, at::kByte);
-  parts.nested_absmax = at::empty({blocks_of(blocks, kNf4NestedBlock)}, at::kFloat);
+float nf4_offset(const at::Tensor& scales) {
+  const OneThread one;
+  return scales.mean().item<float>();
+}
+
+Nf4Parts with_nested_scales(Nf4Parts parts, float offset) {
+  const at::Tensor scales = parts.absmax;
+  parts.offset = offset;
+  parts.absmax = at::empty({scales.numel()}, at::kByte);
+  parts.nested_absmax = at::empty({blocks_of(scales.numel(), kNf4NestedBlock)}, at::kFloat);
   parts.nested_map = dynamic_map();
   quantize_scales(scales - offset, parts.absmax.mutable_data_ptr<std::uint8_t>(), parts.nested_absmax.mutable_data_ptr<float>());
   return parts;

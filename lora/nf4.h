@@ -25,6 +25,10 @@ struct Nf4Parts {
 /// weight: f32, bf16 or f16, contiguous, finite. The same bits at any number of threads: the mean of the scales, whose sum
 /// bitsandbytes cuts differently for each number of threads, is taken as with one.
 Nf4Parts quantize_nf4(const at::Tensor& weight, bool double_quant);
+/// Its second half, of a whole weight or of a part that begins with one of its 256-blocks: scales f32 [b] -> 8 bits, by the offset of all
+/// scales of the weight.
+Nf4Parts with_nested_scales(Nf4Parts parts, float offset);
+float nf4_offset(const at::Tensor& scales);
 
 /// bitsandbytes' create_dynamic_map(): f32 [256], rising (arXiv:1511.04561).
 const at::Tensor& dynamic_map();

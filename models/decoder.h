@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -16,6 +17,7 @@
 namespace alambic::models {
 
 struct KeyValueCache;  // models/key_value_cache.h
+class ShardedBlocks;    // models/sharded_blocks.h
 
 struct Block {
   std::map<Slot, Linear> linears;      // kQuery .. kDown, as the family has them
@@ -80,6 +82,8 @@ struct Decoder {
   /// A tied head uses the same tensor (head.token_rows_ND); undefined and empty: there are none.
   at::Tensor token_rows_ND;
   std::vector<std::int64_t> token_row_ids;
+  /// Where ranks share the blocks' frozen weights: a pass is then collective, and ends with its end_pass().
+  std::shared_ptr<ShardedBlocks> shards = {};
 
   /// Final, normalised hidden states, in the compute type; differentiable where something is trained. The residual stream,
   /// norms, rotation and softmax are f32; nothing is computed backwards below the lowest tensor that trains.
