@@ -5,18 +5,18 @@ import math
 import struct
 
 
-def write_tiny_model(folder, phase=0.0):
-    """A llama of two layers over bytes, with a ChatML template. Its numbers mean nothing; `phase` makes another of the same shape."""
+def write_tiny_model(folder, phase=0.0, layers=2):
+    """A llama (of two layers) over bytes, with a ChatML template. Its numbers mean nothing; `phase` makes another of the same shape."""
     folder.mkdir()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     size = 256 + len(special)
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": size, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": size, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": layers,
               "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
               "hidden_act": "silu", "tie_word_embeddings": True, "bos_token_id": 256, "eos_token_id": 258, "torch_dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config))
 
     shapes = {"model.embed_tokens.weight": [size, 16], "model.norm.weight": [16]}
-    for layer in range(2):
+    for layer in range(layers):
         name = f"model.layers.{layer}."
         shapes |= {name + "input_layernorm.weight": [16], name + "post_attention_layernorm.weight": [16],
                    name + "self_attn.q_proj.weight": [16, 16], name + "self_attn.k_proj.weight": [8, 16], name + "self_attn.v_proj.weight": [8, 16],

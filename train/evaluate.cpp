@@ -10,6 +10,7 @@
 
 #include "core/error.h"
 #include "data/batch_stream.h"
+#include "models/sharded_blocks.h"
 #include "train/cross_entropy.h"
 #include "train/step.h"
 
@@ -56,6 +57,7 @@ std::vector<Predicted> next_round(const models::Decoder& decoder, data::Evaluati
   at::Tensor own;
   if (rank < round.size()) own = round[rank].second = nats_of_kept(decoder, round[rank].first.batch);
   if (ranks.size() == 1 || round.empty()) return round;
+  if (decoder.shards) decoder.shards->end_pass(/*backward=*/false);
   const at::Tensor padded = at::zeros({most}, at::kFloat);
   if (own.defined()) padded.narrow(0, 0, own.numel()).copy_(own);
   const at::Tensor all = ranks.all_gather(padded, "evaluation");

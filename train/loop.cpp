@@ -86,7 +86,7 @@ class Loop {
     const std::vector<data::Batch> micro_batches = parts_.batches.next_step();
     const std::uint64_t seed = derive_seed(config_.seed, "dropout", {static_cast<std::uint64_t>(progress_.step)});
     const StepReport report = step(micro_batches, parts_.loss_sum, parts_.optimizer, learning_rate, config_.optimizer.max_grad_norm,
-                                   seed, parts_.ranks, parts_.stop_requested, config_.deterministic ? Order::kTree : Order::kAsTheyCome, parts_.figures);
+                                   seed, parts_.ranks, parts_.stop_requested, config_.deterministic ? Order::kTree : Order::kAsTheyCome, parts_.figures, parts_.shards);
     if (report.stopped) stop();  // progress_ still says where this step began: a resumed run makes it again
 
     const data::StreamCounts counts = parts_.batches.counts();
@@ -164,8 +164,10 @@ class Loop {
   }
 
   void sample() {
-    if (!log_) return;
+    if (!log_ && parts_.shards == nullptr) return;
     const Json samples = parts_.sample(progress_.step);
+    if (parts_.shards != nullptr) parts_.shards->end_common_pass();
+    if (!log_) return;
     for (std::size_t i = 0; i < samples.size(); ++i) {
       log_->metrics(progress_.step, "sample/" + std::to_string(i), samples[i]);
       log_->text(progress_.step, "sample/" + std::to_string(i), samples[i]["prompt"].get<std::string>() + samples[i]["text"].get<std::string>());

@@ -29,7 +29,7 @@ struct LoopParts {
   LossSum loss_sum;
   /// Held-out figures by name, the same on all ranks: {"<name>": {"loss": ..., ...}}; null where there is nothing to evaluate on.
   std::function<Json()> evaluate;
-  /// Continuations of the fixed prompts, asked of rank 0 alone: [{"prompt", "text"}].
+  /// Continuations of the fixed prompts, asked of rank 0 alone, or of all ranks where they share the decoder: [{"prompt", "text"}].
   std::function<Json(std::int64_t step)> sample;
   /// What a run changes of its frozen base, as tensors of a checkpoint, and how a decoder is brought there again.
   std::function<NamedTensors()> base_state;
@@ -45,6 +45,7 @@ struct LoopParts {
   std::string chosen_by;      // the evaluation whose loss decides; "": the last checkpoint is chosen
   Figures figures = {};       // what a recipe tells of a step besides its loss, for the step's line in metrics.jsonl
   std::string verb = "train";  // of the command that goes on with a stopped run
+  models::ShardedBlocks* shards = nullptr;  // of the decoder, where ranks share it: then all of them sample
 };
 
 /// What travels in a checkpoint besides tensors, and what a finished loop reports.

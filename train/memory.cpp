@@ -7,6 +7,7 @@
 #include "core/error.h"
 #include "core/log.h"
 #include "models/fused_blocks.h"
+#include "models/sharded_blocks.h"
 
 namespace alambic::train {
 namespace {
@@ -64,7 +65,7 @@ MemoryEstimate estimate_memory(models::Decoder& decoder, std::uint64_t optimizer
       // Made dense in one buffer: two of the largest where gate and up are one product.
       dense = std::max(dense, 2 * static_cast<std::uint64_t>(linear.linear->outputs() * linear.linear->inputs()) * c10::elementSize(linear.linear->compute_type()));
     }
-  estimate.weights += dense;
+  estimate.weights += dense + (decoder.shards ? decoder.shards->buffer_bytes() : 0);
   const auto tokens = static_cast<double>(batch_tokens);
   if (decoder.fused) {
     // Gradients of the base come as what was kept for them goes: of the two only the larger counts, and `trained` has one already.

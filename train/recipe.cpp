@@ -13,6 +13,7 @@
 #include "core/log.h"
 #include "lora/initialise.h"
 #include "models/decoder.h"
+#include "models/sharded_blocks.h"
 #include "parallel/connect.h"
 #include "train/cross_entropy.h"
 #include "train/inputs.h"
@@ -122,7 +123,7 @@ TrainReport run_ranks(const TrainConfig& config, bool resume, const std::functio
   if (any(ranks, finished.has_value(), "whether the run is finished")) return finished.value_or(TrainReport{.was_finished = true});
   if (is_first)
     for (const std::string& warning : inputs.warnings) log_warning(warning);
-  models::Decoder decoder = checkpoints::load_decoder(config.model, compute_type_of(config), quantization_of(config));
+  models::Decoder decoder = checkpoints::load_decoder(config.model, compute_type_of(config), quantization_of(config), checkpoints::Linears::kDense, config.ranks.shard ? &ranks : nullptr);
   if (recipe.see_base) recipe.see_base(decoder);
   make_trainable(decoder, config);
   prepare_blocks(decoder, config, recipe.not_fused, num_sharing);
@@ -153,9 +154,12 @@ TrainReport run_ranks(const TrainConfig& config, bool resume, const std::functio
       .chosen_by = chosen_by(config),
       .figures = recipe.figures,
       .verb = recipe.verb,
+      .shards = decoder.shards.get(),
   };
   const std::optional<Progress> resumed = share_start(parts, is_first ? restore(config, inputs, parts) : std::nullopt);
   if (!resumed && config.method == "lora") lora::initialise(decoder, config.lora, config.seed);
+  if (decoder.shards) decoder.shards->end_common_pass();  // DoRA's start looked at the blocks
+  if (config.ranks.shard && ranks.size() == 1) log_info("ranks.shard: one rank alone keeps all weights");
   const std::int64_t beside = parameters_beside(*optimizer);
   log_info("training ", optimizer->num_parameters() - beside, " of ", inputs.model.num_parameters(), " parameters", beside > 0 ? " and " + std::to_string(beside) + " beside them" : "", " for ", parts.total_steps, " steps, ",
            toString(compute_type_of(config)), config.quantize_base == "none" ? "" : " on a base in " + lora::name_of(quantization_of(config)),

@@ -133,7 +133,7 @@ void require_tree(int num_ranks) {
 
 StepReport step(std::span<const data::Batch> micro_batches, const LossSum& loss_sum, Optimizer& optimizer, double learning_rate,
                 double max_grad_norm, std::uint64_t dropout_seed, parallel::Communicator& ranks,
-                const std::function<bool()>& stop_requested, Order order, const Figures& figures) {
+                const std::function<bool()>& stop_requested, Order order, const Figures& figures, models::ShardedBlocks* shards) {
   if (order == Order::kTree) require_tree(ranks.size());
   // Counted before any forward pass, over all ranks: each token then weighs the same, however the batch was cut.
   OfAll counts(micro_batches.size(), ranks);
@@ -157,9 +157,12 @@ StepReport step(std::span<const data::Batch> micro_batches, const LossSum& loss_
       nats[own] = loss.item<double>();
       if (std::isfinite(nats[own])) (loss / num_tokens).backward();
     }
+    if (shards != nullptr) shards->end_pass(/*backward=*/true);
     if (tells_each) told.note(own, figures(1));
     ranks.check();
     report.stopped = stop_requested && stop_requested();
+    // A rank that stopped alone would leave the others without its part of the next pass.
+    if (shards != nullptr) report.stopped = parallel::any(ranks, report.stopped, "whether to stop");
   };
   GradientSums sums(optimizer, ranks);
   if (order == Order::kAsTheyCome) {

@@ -8,6 +8,7 @@
 
 #include "core/json.h"
 #include "data/batch.h"
+#include "models/sharded_blocks.h"
 #include "parallel/communicator.h"
 #include "train/optimizer.h"
 
@@ -46,9 +47,9 @@ void require_tree(int num_ranks);
 
 /// One optimiser step over this rank's micro-batches: numbers rank, rank + size, ... of those of all ranks, equally many on each.
 /// Collective; the report is the same on all ranks, and so is whether the step is applied. Error(kData) when every token is masked;
-/// for kTree the error of require_tree().
+/// for kTree the error of require_tree(). shards: of the decoder that loss_sum passes through once, where ranks share it.
 StepReport step(std::span<const data::Batch> micro_batches, const LossSum& loss_sum, Optimizer& optimizer, double learning_rate,
                 double max_grad_norm, std::uint64_t dropout_seed, parallel::Communicator& ranks,
-                const std::function<bool()>& stop_requested = {}, Order order = Order::kAsTheyCome, const Figures& figures = {});
+                const std::function<bool()>& stop_requested = {}, Order order = Order::kAsTheyCome, const Figures& figures = {}, models::ShardedBlocks* shards = nullptr);
 
 }  // namespace alambic::train

@@ -6,6 +6,7 @@
 
 #include "core/error.h"
 #include "data/tokenizer.h"
+#include "lora/initialise.h"
 #include "models/decoder.h"
 
 namespace alambic::train {
@@ -84,6 +85,7 @@ void CheckpointConfig::visit(FieldVisitor& fields) {
 
 void RanksConfig::visit(FieldVisitor& fields) {
   fields.field("timeout", timeout, {.help = "a rank that keeps the others waiting for longer is lost, and all end with exit code 7; longer than the longest save and sample take", .unit = "seconds", .low = 1, .high = 1e6});
+  fields.field("shard", shard, {.help = "each rank keeps its part of the blocks' frozen weights (method: lora) and gathers a block just before use: less memory, more traffic, the same bits"});
   fields.field("connect_timeout", connect_timeout, {.help = "for all ranks to come together at the start", .unit = "seconds", .low = 1, .high = 1e6});
 }
 
@@ -154,6 +156,11 @@ void check(const TrainConfig& config) {
     if (adapter.dora) problem("lora.restart_every: DoRA's magnitudes are not begun anew; use plain LoRA");
     if (adapter.init != "kaiming" && adapter.init != "gaussian") problem("lora.restart_every: an adapter begun anew must change nothing at first; lora.init must be kaiming or gaussian");
     if (adapter.restart_warmup_steps >= adapter.restart_every) problem("lora.restart_warmup_steps: must be less than lora.restart_every");
+  }
+  if (config.ranks.shard) {
+    if (config.method == "full") problem("ranks.shard: shares out the frozen weights below an adapter; method: full has none");
+    if (restarts(config)) problem("lora.restart_every: adapters are merged into the base, which cannot be done to one that ranks share; use ranks.shard: false");
+    if (config.method == "lora" && lora::parse_init(config.lora.init).changes_base()) problem("lora.init: " + config.lora.init + " changes the base, which cannot be done to one that ranks share; use kaiming, or ranks.shard: false");
   }
   if (!problems.empty()) fail(ErrorKind::kUsage, problems);
 }

@@ -81,6 +81,7 @@ struct SamplesConfig {
 
 struct RanksConfig {
   double timeout = 600, connect_timeout = 300;  // seconds
+  bool shard = false;
   void visit(FieldVisitor& fields);
 };
 

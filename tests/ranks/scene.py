@@ -68,11 +68,12 @@ class WithScene(unittest.TestCase):
 
 
 class Scene:
-    def __init__(self, alambic, steps=20):
-        self.alambic, self.steps = str(alambic), steps
+    def __init__(self, alambic, steps=20, layers=2, settings=()):
+        """settings: words that every run of the scene has, such as --set a.b=v."""
+        self.alambic, self.steps, self.settings = str(alambic), steps, settings
         self.folder = tempfile.TemporaryDirectory(prefix="alambic-ranks-")
         self.root = pathlib.Path(self.folder.name)
-        write_tiny_model(self.root / "model")
+        write_tiny_model(self.root / "model", layers=layers)
         self.write_store("text", 120, 1)
         self.write_store("held", 20, 2)
 
@@ -94,7 +95,7 @@ class Scene:
 
     def words(self, run, *more, verb="train"):
         """The program's words for a run into root/run."""
-        return [self.alambic, verb, str(self.config(run)), *more]
+        return [self.alambic, verb, str(self.config(run)), *self.settings, *more]
 
     def train(self, run, *more, ranks=1, restarts=0, env=None, check=0):
         """Runs to the end; checks the exit code."""

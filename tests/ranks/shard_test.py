@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks that share the frozen base (ranks.shard): the same bytes as ranks that each hold the whole, and as one rank. Python's standard
+library only.
+
+usage: shard_test.py ALAMBIC
+"""
+import os
+import signal
+import subprocess
+import sys
+import unittest
+
+from scene import Scene, children, environment, kill_ranks, rank_of, wait_until, write_tiny_model
+
+ALAMBIC = os.path.abspath(sys.argv.pop(1))
+
+
+def setting(**values):
+    return tuple(word for name, value in values.items() for word in ("--set", f"{name.replace('__', '.')}={value}"))
+
+
+SHARD = setting(ranks__shard="true")
+KINDS = {
+    "fused": (),
+    "bf16": setting(compute_type="bf16"),
+    "recomputed": setting(memory="block"),
+    "nf4": setting(quantize_base="nf4"),
+    "nf4single": setting(quantize_base="nf4", nf4_double_quant="false"),
+    "int8": setting(quantize_base="int8", compute_type="bf16"),
+    "dora": setting(lora__dora="true"),  # the blocks that are no autograd node of their own
+    "doranf4": setting(lora__dora="true", quantize_base="nf4"),
+    "upper": setting(lora__targets="[model.layers.3.mlp.down_proj, model.layers.4.self_attn.q_proj]"),
+    "samples": setting(samples__prompts='["alpha beta"]', samples__max_new_tokens="5", samples__every="8"),
+}
+
+
+class Shard(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.scene = Scene(ALAMBIC, layers=5)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.scene.close()
+
+    def test_every_kind_of_base_gives_the_bytes_of_one_rank(self):
+        for kind, settings in KINDS.items():
+            with self.subTest(kind):
+                self.scene.train(kind, *settings)
+                for ranks in (1, 2, 4) if kind == "fused" else (2, 4):
+                    run = f"{kind}-of{ranks}"
+                    self.scene.train(run, *settings, *SHARD, ranks=ranks)
+                    self.assertEqual(self.scene.fingerprint(run), self.scene.fingerprint(kind), run)
+
+    def test_without_deterministic_it_gives_the_bytes_of_as_many_ranks(self):
+        for ranks in (2, 4):
+            plain = setting(deterministic="false")
+            self.scene.train(f"plain{ranks}", *plain, ranks=ranks)
+            self.scene.train(f"plain-shared{ranks}", *plain, *SHARD, ranks=ranks)
+            self.assertEqual(self.scene.fingerprint(f"plain-shared{ranks}"), self.scene.fingerprint(f"plain{ranks}"))
+
+    def test_three_ranks_share_unevenly(self):
+        uneven = setting(deterministic="false", data__batches_per_step="6", limits__max_steps="20")
+        self.scene.train("three", *uneven, ranks=3)
+        self.scene.train("three-shared", *uneven, *SHARD, ranks=3)
+        self.assertEqual(self.scene.fingerprint("three-shared"), self.scene.fingerprint("three"))
+
+    def test_a_loss_that_is_not_finite_is_seen_by_all(self):
+        burst = setting(schedule__shape="constant", schedule__learning_rate="1", lora__alpha="1e30", optimizer__max_grad_norm="0", evaluation__stores="[]")
+        self.scene.train("burst", *burst, check=6)
+        self.scene.train("burst-shared", *burst, *SHARD, ranks=2, check=6)
+        self.assertEqual(*[(self.scene.root / run / "metrics.jsonl").read_bytes() for run in ("burst", "burst-shared")])
+
+    def test_stopped_and_gone_on_with_by_other_ranks_that_share_or_do_not(self):
+        self.scene.train("whole")
+        for ranks, more in ((2, SHARD), (4, SHARD), (2, ())):
+            process = self.scene.start("stopped", *more, *(["--resume"] if self.scene.steps_done("stopped") else []), ranks=ranks)
+            before = self.scene.steps_done("stopped")
+            wait_until(lambda before=before, process=process: self.scene.steps_done("stopped") > before + 2 or process.poll() is not None)
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=60)
+            self.assertEqual(process.returncode, 75, err)
+            self.assertEqual(err.count("stopped on request"), ranks, err)
+        self.scene.train("stopped", *SHARD, "--resume", ranks=2)
+        self.assertEqual(self.scene.fingerprint("stopped"), self.scene.fingerprint("whole"))
+
+    def test_killed_ranks_are_started_again_and_come_to_the_same_bytes(self):
+        scene = Scene(ALAMBIC, steps=200, layers=5, settings=SHARD)
+        try:
+            scene.train("whole")
+            self.assertEqual(kill_ranks(scene, "killed", 3), 3)
+            self.assertEqual(scene.fingerprint("killed"), scene.fingerprint("whole"))
+        finally:
+            scene.close()
+
+    def test_a_stopped_rank_is_named(self):
+        process = self.scene.start("hangs", *SHARD, *setting(ranks__timeout="3", limits__max_steps="100000", checkpoint__every="100000"))
+        wait_until(lambda: self.scene.steps_done("hangs") >= 2)
+        pids = {rank_of(pid): pid for pid in children(process.pid)}
+        os.kill(pids[1], signal.SIGSTOP)
+        _, err = process.communicate(timeout=30)
+        self.assertEqual(process.returncode, 7, err)
+        self.assertRegex(err, r"rank 1 hangs in step \d+, [a-z]")
+
+    def test_a_killed_rank_is_named(self):
+        process = self.scene.start("dies", *SHARD, *setting(limits__max_steps="100000", checkpoint__every="100000"))
+        wait_until(lambda: self.scene.steps_done("dies") >= 2)
+        pids = {rank_of(pid): pid for pid in children(process.pid)}
+        os.kill(pids[1], signal.SIGKILL)
+        _, err = process.communicate(timeout=30)
+        self.assertEqual(process.returncode, 7, err)
+        self.assertRegex(err, r"rank 1 died in step \d+, [a-z]")
+
+    def test_what_cannot_be_shared_is_refused(self):
+        for settings, words in ((setting(method="full"), "ranks.shard: shares out the frozen weights"),
+                                (setting(lora__init="pissa"), "lora.init: pissa changes the base"),
+                                (setting(lora__restart_every="8"), "lora.restart_every: adapters are merged into the base"),
+                                (setting(lora__modules_to_save="[model.layers.2.mlp.up_proj]"), "is shared by the ranks (ranks.shard) and cannot be trained whole")):
+            self.assertIn(words, self.scene.train("refused", *settings, *SHARD, ranks=2, check=2).stderr)
+        for more, words in (("", "is a teacher that may use the student's blocks"), (", on_policy: {lambda: 0.5}", "ranks.shard: distill.on_policy.lambda is 0.5")):
+            done = self.distill("refused", f"teachers: [{{model: {self.scene.root}/model, quantize: none}}]{more}", ranks=2)
+            self.assertEqual(done.returncode, 2, done.stderr)
+            self.assertIn(words, done.stderr)
+        done = subprocess.run([ALAMBIC, "launch", "-n", "2", "evaluate", *SHARD], env=environment(), capture_output=True, text=True, timeout=60)
+        self.assertEqual(done.returncode, 2, done.stderr)
+
+    def test_one_rank_says_that_it_shares_with_nobody(self):
+        done = self.scene.train("alone", *SHARD, *setting(limits__max_steps="1"))
+        self.assertIn("ranks.shard: one rank alone keeps all weights", done.stderr)
+
+    def distill(self, run, section, *more, ranks=1):
+        config = self.scene.config(run, distill="{" + section + "}")
+        words = [ALAMBIC, *(["launch", "-n", str(ranks)] if ranks > 1 else []), "distill", str(config), *(SHARD if ranks > 1 else ()), *more]
+        return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=200)
+
+    def test_distillation_from_a_cache(self):
+        write_tiny_model(self.scene.root / "teacher", phase=0.5)
+        cache = self.scene.root / "cache.yaml"
+        cache.write_text(f"model: {self.scene.root}/teacher\nstores: [{{store: {self.scene.root}/text}}]\noutput: {self.scene.root}/cache\nkind: sampled\ndraws: 8\nrow_length: 64\n"
+                         "compute_type: f32\n")
+        subprocess.run([ALAMBIC, "distill", "--cache", cache, "-q"], env=environment(), check=True, stdout=subprocess.DEVNULL)
+        for ranks in (1, 2, 4):
+            done = self.distill(f"cached{ranks}", f"teachers: [{{cache: {self.scene.root}/cache}}]", *setting(limits__max_steps="8"), ranks=ranks)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            for name in ("metrics.jsonl", "checkpoint-8/state.safetensors"):
+                self.assertEqual(*[(self.scene.root / run / name).read_bytes() for run in ("cached1", f"cached{ranks}")], f"{ranks}: {name}")
+
+
+if __name__ == "__main__":
+    unittest.main()
