@@ -73,7 +73,9 @@ fs::path save_checkpoint(const fs::path& run, const RunState& state, const std::
     fs::remove_all(temporary);
     fs::create_directory(temporary);
     std::map<std::string, std::string> hashes;  // of files whose hash was taken while they were written
-    hashes[std::string(kTensors)] = write_safetensors(temporary / kTensors, state.tensors);
+    std::vector<TensorToWrite> tensors = state.made;
+    for (const auto& [name, tensor] : state.tensors) tensors.push_back({name, tensor.scalar_type(), tensor.sizes().vec()});
+    hashes[std::string(kTensors)] = write_safetensors(temporary / kTensors, tensors, [&](std::size_t i) { return i < state.made.size() ? state.make(i) : state.tensors[i - state.made.size()].second; });
     hashes[std::string(kProgress)] = write_file(temporary / kProgress, to_line(state.progress) + "\n");
     hashes[std::string(kIdentity)] = write_file(temporary / kIdentity, to_line(state.identity) + "\n");
     if (more) more(temporary);

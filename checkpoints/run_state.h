@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "checkpoints/safetensors.h"
 #include "core/json.h"
 
 namespace alambic::checkpoints {
@@ -21,6 +22,9 @@ struct RunState {
   std::vector<std::pair<std::string, at::Tensor>> tensors;  // trained weights and optimiser moments, by name
   Json progress;     // everything else that continues: data position, counters, best metric, log length
   Json identity;     // "run": config, base hash, data hashes: what a resume is compared with; "machine": threads, processor
+  /// Further tensors, each made when it is written, in the file's order: write_safetensors().
+  std::vector<TensorToWrite> made = {};
+  std::function<at::Tensor(std::size_t)> make = {};
 };
 
 /// Commits <run>/checkpoint-<step>. `more(folder)` writes further files (the PEFT folder) into the temporary folder.

@@ -116,14 +116,19 @@ void SafetensorsFile::release(const std::string& name) const {
   state_->file.release(data_begin + entry.begin, data_begin + entry.end);
 }
 
-std::string write_safetensors(const std::filesystem::path& path, const std::vector<TensorToWrite>& tensors,
-                              const std::function<at::Tensor(std::size_t)>& make, const std::map<std::string, std::string>& metadata) {
+std::vector<std::size_t> order_in_file(const std::vector<TensorToWrite>& tensors) {
   std::vector<std::size_t> order(tensors.size());
   std::iota(order.begin(), order.end(), std::size_t{0});
   std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
     const std::size_t type_a = position_of(tensors[a].type), type_b = position_of(tensors[b].type);
     return type_a != type_b ? type_a < type_b : tensors[a].name < tensors[b].name;
   });
+  return order;
+}
+
+std::string write_safetensors(const std::filesystem::path& path, const std::vector<TensorToWrite>& tensors,
+                              const std::function<at::Tensor(std::size_t)>& make, const std::map<std::string, std::string>& metadata) {
+  const std::vector<std::size_t> order = order_in_file(tensors);
   std::vector<std::pair<std::string, HeaderEntry>> entries;
   std::uint64_t offset = 0;
   for (const std::size_t i : order) {

@@ -53,12 +53,15 @@ struct TensorToWrite {
 };
 
 /// Writes tensors in the format's order (widest element type first, then name) and returns the file's SHA-256.
-/// make(i) is called once for each element of `tensors`, in that order, so that one tensor is in memory at a time; what
+/// make(i) is called once for each element of `tensors`, in the file's order, so that one tensor is in memory at a time; what
 /// it returns must have the type and shape announced. The file appears under `path` only when it is whole (a mapping of
 /// an older file of that name stays intact). Error(kNumerics) names the first value that is not finite.
 std::string write_safetensors(const std::filesystem::path& path, const std::vector<TensorToWrite>& tensors,
                               const std::function<at::Tensor(std::size_t)>& make,
                               const std::map<std::string, std::string>& metadata = {{"format", "pt"}});
+
+/// That order, as places among the tensors.
+std::vector<std::size_t> order_in_file(const std::vector<TensorToWrite>& tensors);
 
 /// The same for tensors that exist already.
 std::string write_safetensors(const std::filesystem::path& path, const std::vector<std::pair<std::string, at::Tensor>>& tensors,

@@ -193,7 +193,7 @@ void check(const DistillConfig& config) {
     if (teacher.across.across_tokenizers == "gold" && objective != "forward_kl" && objective != "reverse_kl" && objective != "jensen_shannon")
       fail(ErrorKind::kUsage, "distill.objective: across_tokenizers: gold knows no ", objective, " of masses that do not sum to 1", Remedy{"use jensen_shannon, forward_kl or reverse_kl"});
   train::check(config.train);
-  if (!config.train.ranks.shard) return;
+  if (!config.train.ranks.shard || config.train.method == "full") return;
   // Else ranks would not pass through the student's blocks alike.
   if (config.distill.on_policy.lambda > 0)
     fail(ErrorKind::kUsage, "ranks.shard: distill.on_policy.lambda is ", config.distill.on_policy.lambda, ", and blocks that ranks share cannot write a text of each rank's own", Remedy{"set distill.on_policy.lambda to 0, or ranks.shard to false"});

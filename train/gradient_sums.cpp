@@ -20,8 +20,8 @@ struct GradientSums::Listener final : torch::autograd::PostAccumulateGradHook {
   std::size_t index;
 };
 
-GradientSums::GradientSums(Optimizer& optimizer, parallel::Communicator& ranks, std::int64_t bucket_bytes)
-    : optimizer_(optimizer), ranks_(ranks), there_(optimizer.trained().size(), false), given_(there_) {
+GradientSums::GradientSums(Optimizer& optimizer, parallel::Communicator& ranks, bool in_backward, std::int64_t bucket_bytes)
+    : optimizer_(optimizer), ranks_(ranks), in_backward_(in_backward && ranks.size() > 1 && !optimizer.adds_up_itself()), there_(optimizer.trained().size(), false), given_(there_) {
   const std::vector<Trained>& trained = optimizer.trained();
   std::int64_t room = 0;
   for (const bool of_blocks : {true, false})
@@ -40,7 +40,7 @@ GradientSums::~GradientSums() {
 
 void GradientSums::expect_last(std::vector<Gradients> pending) {
   pending_ = std::move(pending);
-  if (ranks_.size() == 1) return;
+  if (!in_backward_) return;
   listens_ = true;
   for (std::size_t i = 0; i < there_.size(); ++i)
     if (is_in_block(optimizer_.trained()[i].name)) torch::autograd::impl::set_post_acc_grad_hooks(optimizer_.trained()[i].tensor, std::make_unique<Listener>(*this, i));
@@ -77,6 +77,7 @@ void GradientSums::finish() {
   optimizer_.gradients();  // zeros where none has come
   for (std::size_t i = 0; i < there_.size(); ++i)
     if (!there_[i]) fold(i), there_[i] = true;
+  if (optimizer_.adds_up_itself()) return;
   while (begun_ < buckets_.size()) begin_next();
   ranks_.finish_sums("gradients");
 }

@@ -16,8 +16,9 @@ using Gradients = std::vector<at::Tensor>;  // one for each trained tensor
 /// the others'. A bucket begins when all of it and of those before it is there, so every rank begins the same sums in the same order.
 class GradientSums {
  public:
-  /// Buckets as large as those in which a sum travels: latency does not count, and the first leaves early.
-  GradientSums(Optimizer& optimizer, parallel::Communicator& ranks, std::int64_t bucket_bytes = 8 << 20);
+  /// in_backward: begins sums in the backward pass; else, and where the optimiser adds up itself, all is left to finish(). Buckets are as large as
+  /// those in which a sum travels: latency does not count, and the first leaves early.
+  GradientSums(Optimizer& optimizer, parallel::Communicator& ranks, bool in_backward, std::int64_t bucket_bytes = 8 << 20);
   ~GradientSums();
   GradientSums(const GradientSums&) = delete;
   GradientSums& operator=(const GradientSums&) = delete;
@@ -27,7 +28,7 @@ class GradientSums {
   /// are until finish().
   void expect_last(std::vector<Gradients> pending);
   /// Collective: begins what has not begun, whether a backward pass has made it or not, and waits for all. optimizer.gradients() are
-  /// then the sums.
+  /// then the sums over ranks, or what the optimiser is to add up.
   void finish();
 
  private:
@@ -39,7 +40,7 @@ class GradientSums {
   Optimizer& optimizer_;
   parallel::Communicator& ranks_;
   std::vector<Gradients> pending_;
-  bool listens_ = false;
+  bool in_backward_, listens_ = false;
   std::vector<bool> there_, given_;  // given: in the middle of a backward pass, by models::give_to_leaf()
   std::vector<std::vector<std::size_t>> buckets_;  // numbers of trained tensors
   std::size_t begun_ = 0;  // buckets

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "checkpoints/run_state.h"
+#include "checkpoints/safetensors.h"
 #include "core/error.h"
 #include "core/log.h"
 #include "core/random.h"
@@ -182,9 +183,13 @@ class Loop {
     NamedTensors tensors = parts_.optimizer.state();
     for (auto& [name, tensor] : parts_.base_state()) tensors.emplace_back(name, tensor);
     if (parts_.ranks.size() > 1) parallel::require_agreement(parts_.ranks, {{"step", progress_.step}, {"weights", checksum(tensors)}}, "what is to be saved");
+    const std::vector<checkpoints::TensorToWrite> shared = parts_.optimizer.shared_moments();
+    const auto gather = [&](std::size_t i) { return parts_.optimizer.gather_moment(i); };
     if (writes_)
-      checkpoints::save_checkpoint(parts_.run, {.step = progress_.step, .tensors = tensors, .progress = to_json(progress_), .identity = parts_.identity},
+      checkpoints::save_checkpoint(parts_.run, {.step = progress_.step, .tensors = tensors, .progress = to_json(progress_), .identity = parts_.identity, .made = shared, .make = gather},
                                    parts_.write_result);
+    else
+      for (const std::size_t i : checkpoints::order_in_file(shared)) gather(i);
     parts_.ranks.barrier("commit of checkpoint-" + std::to_string(progress_.step));
     saved_step_ = progress_.step;
     if (writes_) checkpoints::apply_retention(parts_.run, config_.checkpoint.keep, {progress_.best_step});

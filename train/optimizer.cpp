@@ -16,6 +16,7 @@
 #include "train/adamw.h"
 #include "train/adamw8bit.h"
 #include "train/muon.h"
+#include "train/shared_optimizer.h"
 
 namespace alambic::train {
 namespace {
@@ -37,20 +38,19 @@ struct Scaled {
   }
 };
 
-/// A run of one tensor's elements: long enough to be worth a thread's while, short enough that all threads get some.
+/// A run of one tensor's elements.
 struct Piece {
   float* values;
   std::int64_t count;
 };
 
 std::vector<Piece> pieces_of(std::span<at::Tensor> tensors) {
-  constexpr std::int64_t kLongest = 1 << 14;
   std::vector<Piece> pieces;
   for (at::Tensor& tensor : tensors) {
     if (tensor.scalar_type() != at::kFloat || !tensor.is_contiguous() || !tensor.is_cpu())
       fail(ErrorKind::kBug, "a gradient must be contiguous f32 in the processor's memory, got ", toString(tensor.scalar_type()), " ", tensor.sizes());
     float* const values = tensor.mutable_data_ptr<float>();
-    for (std::int64_t i = 0; i < tensor.numel(); i += kLongest) pieces.push_back({values + i, std::min(kLongest, tensor.numel() - i)});
+    for (std::int64_t i = 0; i < tensor.numel(); i += kPieceOfNorm) pieces.push_back({values + i, std::min(kPieceOfNorm, tensor.numel() - i)});
   }
   return pieces;
 }
@@ -70,20 +70,32 @@ std::string lower_case(std::string_view name) {
 
 }  // namespace
 
-double clip_to_norm(std::span<at::Tensor> gradients, double max_norm) {
-  const std::vector<Piece> pieces = pieces_of(gradients);
+std::vector<double> squares_of(std::span<at::Tensor> tensors) {
+  const std::vector<Piece> pieces = pieces_of(tensors);
   std::vector<double> sums(pieces.size());
   for_each_piece(pieces, [&](std::size_t i) { run_vectorised<SumOfSquares>(static_cast<const float*>(pieces[i].values), pieces[i].count, &sums[i]); });
+  return sums;
+}
+
+double norm_of(std::span<const double> squares) {
   double square = 0;
-  for (const double sum : sums) square += sum;
+  for (const double sum : squares) square += sum;
   // f32 moments cannot hold what is larger, whatever is trained with it.
   if (square > static_cast<double>(std::numeric_limits<float>::max())) square = std::numeric_limits<double>::infinity();
-  const double norm = std::sqrt(square);
+  return std::sqrt(square);
+}
+
+void scale_to_norm(std::span<at::Tensor> gradients, double norm, double max_norm) {
   // 1e-6 as in torch.nn.utils.clip_grad_norm_.
-  if (max_norm > 0 && std::isfinite(norm) && norm > max_norm - 1e-6) {
-    const auto scale = static_cast<float>(max_norm / (norm + 1e-6));
-    for_each_piece(pieces, [&](std::size_t i) { run_vectorised<Scaled>(pieces[i].values, pieces[i].count, scale); });
-  }
+  if (max_norm <= 0 || !std::isfinite(norm) || norm <= max_norm - 1e-6) return;
+  const auto scale = static_cast<float>(max_norm / (norm + 1e-6));
+  const std::vector<Piece> pieces = pieces_of(gradients);
+  for_each_piece(pieces, [&](std::size_t i) { run_vectorised<Scaled>(pieces[i].values, pieces[i].count, scale); });
+}
+
+double clip_to_norm(std::span<at::Tensor> gradients, double max_norm) {
+  const double norm = norm_of(squares_of(gradients));
+  scale_to_norm(gradients, norm, max_norm);
   return norm;
 }
 
@@ -205,8 +217,25 @@ std::int64_t Optimizer::state_bytes() const {
   return bytes;
 }
 
-std::unique_ptr<Optimizer> make_optimizer(const std::vector<models::NamedTensor>& trainable, const OptimizerConfig& config) {
+double Optimizer::clip(double max_norm, parallel::Communicator&) { return clip_to_norm(gradients(), max_norm); }
+
+void Optimizer::share(std::int64_t num_steps, parallel::Communicator& ranks) {
+  const at::NoGradGuard no_grad;
+  std::vector<at::Tensor> tensors;
+  for (const auto& [name, tensor] : state()) tensors.push_back(tensor);
+  ranks.broadcast_in_place(tensors, 0, "the checkpoint's weights");
+  num_steps_ = num_steps;
+}
+
+at::Tensor Optimizer::gather_moment(std::size_t i) { fail(ErrorKind::kBug, "moment ", i, " of an optimiser that shares none"); }
+
+std::unique_ptr<Optimizer> make_optimizer(const std::vector<models::NamedTensor>& trainable, const OptimizerConfig& config, parallel::Communicator* shared_by) {
   std::vector<Trained> trained = with_rates(trainable, config);
+  if (shared_by != nullptr && shared_by->size() > 1) return std::make_unique<SharedOptimizer>(std::move(trained), config, *shared_by);
+  return make_rule(std::move(trained), config);
+}
+
+std::unique_ptr<Optimizer> make_rule(std::vector<Trained> trained, const OptimizerConfig& config) {
   if (config.kind == "adamw") return std::make_unique<AdamW>(std::move(trained), config);
   if (config.kind == "adamw8bit") return std::make_unique<AdamW8bit>(std::move(trained), config);
   if (config.kind == "adafactor") return std::make_unique<Adafactor>(std::move(trained), config);

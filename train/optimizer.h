@@ -11,7 +11,9 @@
 #include <utility>
 #include <vector>
 
+#include "checkpoints/safetensors.h"
 #include "models/decoder.h"
+#include "parallel/communicator.h"
 #include "train/train_config.h"
 
 namespace alambic::train {
@@ -20,6 +22,12 @@ namespace alambic::train {
 /// does; 0: never. Returns the norm before clipping; infinite where its square is more than f32 holds, as torch's is. Where it is
 /// not finite nothing is scaled. Sums are f64 over pieces of fixed size, so they do not depend on the number of threads.
 double clip_to_norm(std::span<at::Tensor> gradients, double max_norm);
+/// Its parts, for gradients of which ranks have some each. The squares of every kPieceOfNorm elements of a tensor (the last has fewer), tensor
+/// by tensor; the norm of them all; and the scaling.
+inline constexpr std::int64_t kPieceOfNorm = 1 << 14;  // long enough to be worth a thread's while, short enough that all threads get some
+std::vector<double> squares_of(std::span<at::Tensor> tensors);
+double norm_of(std::span<const double> squares);
+void scale_to_norm(std::span<at::Tensor> gradients, double norm, double max_norm);
 
 /// Whether weight decay pulls on a tensor of this name. As in transformers' Trainer: on all but biases and norms, so
 /// adapters' A and B and embeddings decay.
@@ -59,12 +67,22 @@ class Optimizer {
   void reset();  // moments and number of steps, as if nothing had been learnt yet
 
   /// Tensors and moments by name, for a checkpoint: "weights.<name>" and what moments() lists. Views, not copies.
-  NamedState state() const;
+  virtual NamedState state() const;
   std::int64_t num_steps() const { return num_steps_; }
   /// Copies weights and moments back. Error(kData) listing names, shapes or types that do not fit; then nothing is changed.
-  void restore(const NamedState& state, std::int64_t num_steps);
+  virtual void restore(const NamedState& state, std::int64_t num_steps);
   std::int64_t num_parameters() const;
-  std::int64_t state_bytes() const;  // of the moments
+  virtual std::int64_t state_bytes() const;  // of the moments, as a checkpoint has them
+
+  /// Collective: clips the gradients (clip_to_norm), which are the sums over ranks already, or become them here where adds_up_itself(); returns
+  /// the norm.
+  virtual double clip(double max_norm, parallel::Communicator& ranks);
+  virtual bool adds_up_itself() const { return false; }
+  /// Collective: all ranks get weights and moments as rank 0 has them, which alone was restored.
+  virtual void share(std::int64_t num_steps, parallel::Communicator& ranks);
+  /// Moments of a checkpoint of which each rank keeps a part (train/shared_optimizer.h), and one of them, whole; collective.
+  virtual std::vector<checkpoints::TensorToWrite> shared_moments() const { return {}; }
+  virtual at::Tensor gather_moment(std::size_t i);
 
   const std::vector<Trained>& trained() const { return trained_; }
 
@@ -82,7 +100,9 @@ class Optimizer {
   std::int64_t num_steps_ = 0;
 };
 
-/// trainable: names and f32 leaf tensors that require gradients; the tensors are shared, not copied.
-std::unique_ptr<Optimizer> make_optimizer(const std::vector<models::NamedTensor>& trainable, const OptimizerConfig& config);
+/// trainable: names and f32 leaf tensors that require gradients; the tensors are shared, not copied. shared_by: ranks that each keep a part
+/// of the moments; they outlive it.
+std::unique_ptr<Optimizer> make_optimizer(const std::vector<models::NamedTensor>& trainable, const OptimizerConfig& config, parallel::Communicator* shared_by = nullptr);
+std::unique_ptr<Optimizer> make_rule(std::vector<Trained> trained, const OptimizerConfig& config);
 
 }  // namespace alambic::train

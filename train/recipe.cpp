@@ -91,19 +91,15 @@ std::optional<Progress> share_start(const LoopParts& parts, std::optional<Progre
   if (progress) base_tensors = parts.base_state();
   else
     for (const Json& entry : start["base"]) base_tensors.emplace_back(entry[0].get<std::string>(), at::empty(entry[1].get<std::vector<std::int64_t>>(), static_cast<at::ScalarType>(entry[2].get<int>())));
-  const auto share = [&](const NamedTensors& named, const char* what) {
-    std::vector<at::Tensor> tensors;
-    for (const auto& [name, tensor] : named) tensors.push_back(tensor);
-    ranks.broadcast_in_place(tensors, 0, what);
-  };
-  share(base_tensors, "the checkpoint's base");
+  std::vector<at::Tensor> tensors;
+  for (const auto& [name, tensor] : base_tensors) tensors.push_back(tensor);
+  ranks.broadcast_in_place(tensors, 0, "the checkpoint's base");
   if (!progress) {
     parts.restore_base(base_tensors);
     progress = progress_from_json(start["progress"], "rank 0");
     parts.batches.restore(progress->data);
-    parts.optimizer.restore(parts.optimizer.state(), progress->optimizer_steps);
   }
-  share(parts.optimizer.state(), "the checkpoint's weights");
+  parts.optimizer.share(progress->optimizer_steps, ranks);
   return progress;
 }
 
@@ -123,13 +119,13 @@ TrainReport run_ranks(const TrainConfig& config, bool resume, const std::functio
   if (any(ranks, finished.has_value(), "whether the run is finished")) return finished.value_or(TrainReport{.was_finished = true});
   if (is_first)
     for (const std::string& warning : inputs.warnings) log_warning(warning);
-  models::Decoder decoder = checkpoints::load_decoder(config.model, compute_type_of(config), quantization_of(config), checkpoints::Linears::kDense, config.ranks.shard ? &ranks : nullptr);
+  models::Decoder decoder = checkpoints::load_decoder(config.model, compute_type_of(config), quantization_of(config), checkpoints::Linears::kDense, config.ranks.shard && config.method == "lora" ? &ranks : nullptr);
   if (recipe.see_base) recipe.see_base(decoder);
   make_trainable(decoder, config);
   prepare_blocks(decoder, config, recipe.not_fused, num_sharing);
   std::vector<models::NamedTensor> trained = lora::trainable(decoder);
   const LossSum loss_sum = recipe.loss(decoder, inputs, trained);
-  const std::unique_ptr<Optimizer> optimizer = make_optimizer(trained, config.optimizer);
+  const std::unique_ptr<Optimizer> optimizer = make_optimizer(trained, config.optimizer, config.ranks.shard && config.method == "full" ? &ranks : nullptr);
   if (is_first) require_disk(config, *optimizer, inputs.model.num_parameters());
   data::BatchStream batches(stream_config(config), static_cast<std::uint32_t>(inputs.model.vocabulary_size), ranks.rank(), ranks.size());
   const Sampler sampler(config, decoder);
@@ -159,7 +155,7 @@ TrainReport run_ranks(const TrainConfig& config, bool resume, const std::functio
   const std::optional<Progress> resumed = share_start(parts, is_first ? restore(config, inputs, parts) : std::nullopt);
   if (!resumed && config.method == "lora") lora::initialise(decoder, config.lora, config.seed);
   if (decoder.shards) decoder.shards->end_common_pass();  // DoRA's start looked at the blocks
-  if (config.ranks.shard && ranks.size() == 1) log_info("ranks.shard: one rank alone keeps all weights");
+  if (config.ranks.shard && ranks.size() == 1) log_info("ranks.shard: one rank alone keeps everything");
   const std::int64_t beside = parameters_beside(*optimizer);
   log_info("training ", optimizer->num_parameters() - beside, " of ", inputs.model.num_parameters(), " parameters", beside > 0 ? " and " + std::to_string(beside) + " beside them" : "", " for ", parts.total_steps, " steps, ",
            toString(compute_type_of(config)), config.quantize_base == "none" ? "" : " on a base in " + lora::name_of(quantization_of(config)),

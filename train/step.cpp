@@ -164,7 +164,8 @@ StepReport step(std::span<const data::Batch> micro_batches, const LossSum& loss_
     // A rank that stopped alone would leave the others without its part of the next pass.
     if (shards != nullptr) report.stopped = parallel::any(ranks, report.stopped, "whether to stop");
   };
-  GradientSums sums(optimizer, ranks);
+  // Where blocks are shared, a rank that skips a backward pass makes up for its gathers at the end, and no sum may have come between.
+  GradientSums sums(optimizer, ranks, /*in_backward=*/shards == nullptr);
   if (order == Order::kAsTheyCome) {
     for (std::size_t own = 0; own < micro_batches.size() && !report.stopped; ++own) {
       if (own + 1 == micro_batches.size()) sums.expect_last({});
@@ -184,7 +185,7 @@ StepReport step(std::span<const data::Batch> micro_batches, const LossSum& loss_
   report.nats_per_token = nats.sum() / num_tokens;
   if (tells_each) report.figures = told.sum(num_tokens);
   else if (figures) report.figures = figures(report.num_tokens);
-  report.grad_norm = clip_to_norm(optimizer.gradients(), max_grad_norm);
+  report.grad_norm = optimizer.clip(max_grad_norm, ranks);
   report.applied = std::isfinite(report.nats_per_token) && std::isfinite(report.grad_norm);
   if (report.applied) {
     optimizer.step(learning_rate);

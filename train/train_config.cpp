@@ -85,7 +85,7 @@ void CheckpointConfig::visit(FieldVisitor& fields) {
 
 void RanksConfig::visit(FieldVisitor& fields) {
   fields.field("timeout", timeout, {.help = "a rank that keeps the others waiting for longer is lost, and all end with exit code 7; longer than the longest save and sample take", .unit = "seconds", .low = 1, .high = 1e6});
-  fields.field("shard", shard, {.help = "each rank keeps its part of the blocks' frozen weights (method: lora) and gathers a block just before use: less memory, more traffic, the same bits"});
+  fields.field("shard", shard, {.help = "each rank keeps its part: of the blocks' frozen weights, gathered just before use (method: lora), or of the moments (method: full); less memory, the same bits"});
   fields.field("connect_timeout", connect_timeout, {.help = "for all ranks to come together at the start", .unit = "seconds", .low = 1, .high = 1e6});
 }
 
@@ -158,7 +158,8 @@ void check(const TrainConfig& config) {
     if (adapter.restart_warmup_steps >= adapter.restart_every) problem("lora.restart_warmup_steps: must be less than lora.restart_every");
   }
   if (config.ranks.shard) {
-    if (config.method == "full") problem("ranks.shard: shares out the frozen weights below an adapter; method: full has none");
+    if (config.method == "full" && (config.optimizer.kind == "adafactor" || config.optimizer.kind == "muon"))
+      problem("optimizer.kind: " + config.optimizer.kind + " looks at whole matrices, of which ranks that share moments have parts; use adamw or adamw8bit, or ranks.shard: false");
     if (restarts(config)) problem("lora.restart_every: adapters are merged into the base, which cannot be done to one that ranks share; use ranks.shard: false");
     if (config.method == "lora" && lora::parse_init(config.lora.init).changes_base()) problem("lora.init: " + config.lora.init + " changes the base, which cannot be done to one that ranks share; use kaiming, or ranks.shard: false");
   }

@@ -52,6 +52,29 @@ class Shard(unittest.TestCase):
                     self.scene.train(run, *settings, *SHARD, ranks=ranks)
                     self.assertEqual(self.scene.fingerprint(run), self.scene.fingerprint(kind), run)
 
+    def test_a_full_fine_tune_shares_its_moments(self):
+        names = ("metrics.jsonl", "checkpoint-8/state.safetensors", "weights/model.safetensors")
+        for kind in ("adamw", "adamw8bit"):
+            full = setting(method="full", optimizer__kind=kind, schedule__learning_rate="1e-3", limits__max_steps="8")
+            self.scene.train(f"full-{kind}", *full)
+            for ranks in (1, 2, 4):
+                run = f"full-{kind}-of{ranks}"
+                self.scene.train(run, *full, *SHARD, ranks=ranks)
+                for name in names:
+                    self.assertEqual(*[(self.scene.root / folder / name).read_bytes() for folder in (f"full-{kind}", run)], f"{run}: {name}")
+            # Gone on with by other ranks that share or do not.
+            for ranks, more in ((2, SHARD), (4, SHARD), (2, ()), (1, ()), (4, SHARD)):
+                resume = ["--resume"] if self.scene.steps_done(f"parts-{kind}") else []
+                process = self.scene.start(f"parts-{kind}", *full, *more, *resume, ranks=ranks)
+                before = self.scene.steps_done(f"parts-{kind}")
+                wait_until(lambda: self.scene.steps_done(f"parts-{kind}") > before or process.poll() is not None)
+                process.send_signal(signal.SIGTERM)
+                _, err = process.communicate(timeout=60)
+                self.assertIn(process.returncode, (0, 75), err)
+            self.scene.train(f"parts-{kind}", *full, *SHARD, "--resume", ranks=2)
+            for name in names:
+                self.assertEqual(*[(self.scene.root / folder / name).read_bytes() for folder in (f"full-{kind}", f"parts-{kind}")], f"{kind}: {name}")
+
     def test_without_deterministic_it_gives_the_bytes_of_as_many_ranks(self):
         for ranks in (2, 4):
             plain = setting(deterministic="false")
@@ -112,7 +135,8 @@ class Shard(unittest.TestCase):
         self.assertRegex(err, r"rank 1 died in step \d+, [a-z]")
 
     def test_what_cannot_be_shared_is_refused(self):
-        for settings, words in ((setting(method="full"), "ranks.shard: shares out the frozen weights"),
+        for settings, words in ((setting(method="full", optimizer__kind="adafactor"), "optimizer.kind: adafactor looks at whole matrices"),
+                                (setting(method="full", optimizer__kind="muon"), "optimizer.kind: muon looks at whole matrices"),
                                 (setting(lora__init="pissa"), "lora.init: pissa changes the base"),
                                 (setting(lora__restart_every="8"), "lora.restart_every: adapters are merged into the base"),
                                 (setting(lora__modules_to_save="[model.layers.2.mlp.up_proj]"), "is shared by the ranks (ranks.shard) and cannot be trained whole")):
@@ -126,7 +150,7 @@ class Shard(unittest.TestCase):
 
     def test_one_rank_says_that_it_shares_with_nobody(self):
         done = self.scene.train("alone", *SHARD, *setting(limits__max_steps="1"))
-        self.assertIn("ranks.shard: one rank alone keeps all weights", done.stderr)
+        self.assertIn("ranks.shard: one rank alone keeps everything", done.stderr)
 
     def distill(self, run, section, *more, ranks=1):
         config = self.scene.config(run, distill="{" + section + "}")

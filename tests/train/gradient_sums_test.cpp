@@ -80,7 +80,7 @@ TEST_P(Sums, BeginInTheBackwardPassAndHaveItsGradients) {
   const auto in_blocks = static_cast<std::size_t>(std::count_if(trained.begin(), trained.end(), [](const Trained& one) { return is_in_block(one.name); }));
   for (std::size_t i = 0; i < trained.size(); ++i) expected.push_back(2 * (pending[0][i] + (pending[1][i] + plain.optimizer->gradients()[i])));
   {
-    GradientSums sums(*summed.optimizer, ranks, /*bucket_bytes=*/1);
+    GradientSums sums(*summed.optimizer, ranks, /*in_backward=*/true, /*bucket_bytes=*/1);
     sums.expect_last(pending);
     summed.backward();
     EXPECT_EQ(ranks.begun.size(), in_blocks);  // the others may get more than one gradient in a pass
@@ -97,7 +97,7 @@ TEST_P(Sums, OfATensorThatGetsAnotherGradientAreRefused) {
   const auto [fused, full] = GetParam();
   Model model(fused, full);
   Twin ranks;
-  GradientSums sums(*model.optimizer, ranks);
+  GradientSums sums(*model.optimizer, ranks, /*in_backward=*/true);
   sums.expect_last({});
   model.backward();
   EXPECT_TRUE(testing::fails_with(ErrorKind::kBug, "two backward passes through ", [&] { model.backward(); }));

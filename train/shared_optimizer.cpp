@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "train/shared_optimizer.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <map>
+#include <utility>
+
+#include "core/error.h"
+#include "train/adamw8bit.h"
+#include "train/dynamic_map.h"
+
+namespace alambic::train {
+namespace {
+
+constexpr std::int64_t kElementsAtOnce = 1 << 21;  // that go from rank to rank, of all parts together
+
+at::Tensor flat(const at::Tensor& tensor) { return tensor.detach().view(-1); }
+
+}  // namespace
+
+std::vector<std::vector<Slice>> slices_of(std::span<const std::int64_t> sizes, int ranks) {
+  std::int64_t all = 0, before = 0;
+  for (const std::int64_t size : sizes) all += size;
+  std::vector<std::vector<Slice>> slices(static_cast<std::size_t>(ranks));
+  for (const std::int64_t size : sizes) {
+    const std::int64_t units = std::max<std::int64_t>(size / kPieceOfNorm, 1), length = std::max<std::int64_t>(units == 1 ? size : kPieceOfNorm, 1);
+    // Where the part of a rank begins: the nearest unit to its share of all elements. The last unit is the longest.
+    const auto begin_of = [&](std::int64_t rank) {
+      if (rank == ranks) return size;
+      const std::int64_t unit = std::clamp<std::int64_t>((all * rank / ranks - before + length / 2) / length, 0, units);
+      return unit == units ? size : unit * length;
+    };
+    for (std::int64_t rank = 0; rank < ranks; ++rank) {
+      const std::int64_t first = rank == 0 ? 0 : begin_of(rank);
+      slices[static_cast<std::size_t>(rank)].push_back({first, begin_of(rank + 1) - first});
+    }
+    before += size;
+  }
+  return slices;
+}
+
+SharedOptimizer::SharedOptimizer(std::vector<Trained> given, const OptimizerConfig& config, parallel::Communicator& ranks) : Optimizer(std::move(given)), ranks_(ranks) {
+  if (config.kind != "adamw" && config.kind != "adamw8bit")
+    fail(ErrorKind::kUsage, "optimizer.kind: ", config.kind, " looks at whole matrices, of which ranks that share them (ranks.shard) have parts", Remedy{"use adamw or adamw8bit, or ranks.shard: false"});
+  std::vector<std::int64_t> sizes;
+  for (const Trained& one : trained()) sizes.push_back(one.tensor.numel());
+  slices_ = slices_of(sizes, ranks_.size());
+  for (const std::vector<Slice>& part : slices_) {
+    std::int64_t length = 0;
+    for (const Slice& slice : part) length += slice.count;
+    longest_ = std::max(longest_, length);
+  }
+  std::vector<Trained> own;
+  for (std::size_t i = 0; i < trained().size(); ++i) {
+    const Trained& one = trained()[i];
+    const auto add = [&](const char* what, at::ScalarType type, std::int64_t per) {
+      moments_.push_back({{std::string(what) + "." + one.name, type, per == 1 ? one.tensor.sizes().vec() : std::vector{(sizes[i] + per - 1) / per}}, i, per});
+    };
+    const bool narrow = config.kind == "adamw8bit" && sizes[i] >= kSmallest8bitTensor;
+    for (const char* what : {"mean", "square"}) add(what, narrow ? at::kByte : at::kFloat, 1);
+    if (narrow)
+      for (const char* what : {"mean_scale", "square_scale"}) add(what, at::kFloat, kQuantizationBlock);
+    const Slice& slice = slices_[static_cast<std::size_t>(ranks_.rank())][i];
+    if (slice.count == 0) continue;
+    own.push_back({one.name, flat(one.tensor).narrow(0, slice.first, slice.count).set_requires_grad(true), one.rate, one.weight_decay});
+    of_own_.push_back(i);
+  }
+  own_ = make_rule(std::move(own), config);
+}
+
+template <class Copy>
+void SharedOptimizer::walk(int rank, std::int64_t begin, const at::Tensor& buffer, std::span<const at::Tensor> tensors, const Copy& copy) const {
+  const std::vector<Slice>& part = slices_[static_cast<std::size_t>(rank)];
+  std::int64_t done = 0;
+  for (std::size_t i = 0; i < part.size() && done < buffer.numel(); ++i) {
+    const std::int64_t skipped = std::min(begin, part[i].count), taken = std::min(part[i].count - skipped, buffer.numel() - done);
+    begin -= skipped;
+    if (taken == 0) continue;
+    copy(buffer.narrow(0, done, taken), flat(tensors[i]).narrow(0, part[i].first + skipped, taken));
+    done += taken;
+  }
+}
+
+double SharedOptimizer::clip(double max_norm, parallel::Communicator& ranks) {
+  const std::span<at::Tensor> all = gradients();
+  const std::int64_t at_once = std::max<std::int64_t>(kElementsAtOnce / ranks.size(), 1);
+  for (std::int64_t begin = 0; begin < longest_; begin += at_once) {
+    const at::Tensor parts = at::zeros({ranks.size(), std::min(at_once, longest_ - begin)}, at::kFloat);
+    for (int rank = 0; rank < ranks.size(); ++rank) walk(rank, begin, parts[rank], all, [](const at::Tensor& buffer, const at::Tensor& place) { buffer.copy_(place); });
+    walk(ranks.rank(), begin, ranks.reduce_scatter(parts, "gradients"), all, [](const at::Tensor& buffer, const at::Tensor& place) { place.copy_(buffer); });
+  }
+  std::vector<at::Tensor> own;
+  for (const std::size_t i : of_own_) {
+    const Slice& slice = slices_[static_cast<std::size_t>(ranks.rank())][i];
+    own.push_back(flat(all[i]).narrow(0, slice.first, slice.count));
+  }
+  // Squares of all pieces in the order of the whole; a piece is of one rank, and the zeros of the others change nothing.
+  std::vector<std::int64_t> first = {0};
+  for (const Trained& one : trained()) first.push_back(first.back() + (one.tensor.numel() + kPieceOfNorm - 1) / kPieceOfNorm);
+  at::Tensor squares = at::zeros({first.back()}, at::kDouble);
+  const std::vector<double> of_own = squares_of(own);
+  auto next = of_own.begin();
+  for (std::size_t k = 0; k < own.size(); ++k) {
+    const std::int64_t begin = first[of_own_[k]] + slices_[static_cast<std::size_t>(ranks.rank())][of_own_[k]].first / kPieceOfNorm, count = (own[k].numel() + kPieceOfNorm - 1) / kPieceOfNorm;
+    std::copy_n(next, count, squares.mutable_data_ptr<double>() + begin);
+    next += count;
+  }
+  ranks.sum_in_place({&squares, 1}, "norm of the gradients");
+  const double norm = norm_of({squares.const_data_ptr<double>(), static_cast<std::size_t>(squares.numel())});
+  scale_to_norm(own, norm, max_norm);
+  return norm;
+}
+
+void SharedOptimizer::update(double learning_rate, std::int64_t step) {
+  for (std::size_t k = 0; k < of_own_.size(); ++k) {
+    const Slice& slice = slices_[static_cast<std::size_t>(ranks_.rank())][of_own_[k]];
+    own_->trained()[k].tensor.mutable_grad() = flat(trained()[of_own_[k]].tensor.grad()).narrow(0, slice.first, slice.count);
+  }
+  own_->update(learning_rate, step);
+  own_->forget_gradients();
+  std::vector<at::Tensor> weights;
+  for (const Trained& one : trained()) weights.push_back(one.tensor.detach());
+  const std::int64_t at_once = std::max<std::int64_t>(kElementsAtOnce / ranks_.size(), 1);
+  for (std::int64_t begin = 0; begin < longest_; begin += at_once) {
+    const at::Tensor own = at::zeros({std::min(at_once, longest_ - begin)}, at::kFloat);
+    walk(ranks_.rank(), begin, own, weights, [](const at::Tensor& buffer, const at::Tensor& place) { buffer.copy_(place); });
+    const at::Tensor all = ranks_.all_gather(own, "weights");
+    for (int rank = 0; rank < ranks_.size(); ++rank)
+      if (rank != ranks_.rank()) walk(rank, begin, all[rank], weights, [](const at::Tensor& buffer, const at::Tensor& place) { place.copy_(buffer); });
+  }
+}
+
+NamedState SharedOptimizer::state() const {
+  NamedState state;
+  for (const Trained& one : trained()) state.emplace_back("weights." + one.name, one.tensor.detach());
+  return state;
+}
+
+std::int64_t SharedOptimizer::state_bytes() const {
+  std::int64_t bytes = 0;
+  for (const Moment& moment : moments_) {
+    std::int64_t size = static_cast<std::int64_t>(c10::elementSize(moment.whole.type));
+    for (const std::int64_t length : moment.whole.shape) size *= length;
+    bytes += size;
+  }
+  return bytes;
+}
+
+std::vector<checkpoints::TensorToWrite> SharedOptimizer::shared_moments() const {
+  std::vector<checkpoints::TensorToWrite> shared;
+  for (const Moment& moment : moments_) shared.push_back(moment.whole);
+  return shared;
+}
+
+at::Tensor SharedOptimizer::own_part(const Moment& moment) const {
+  for (const auto& [name, tensor] : own_->moments())
+    if (name == moment.whole.name) return tensor.view(-1);
+  return {};
+}
+
+at::Tensor SharedOptimizer::gather_moment(std::size_t i) {
+  const Moment& moment = moments_.at(i);
+  const at::Tensor whole = at::empty(moment.whole.shape, moment.whole.type);
+  for (int rank = 0; rank < ranks_.size(); ++rank) {
+    const Slice part = moment.of(slices_[static_cast<std::size_t>(rank)][moment.tensor]);
+    if (part.count == 0) continue;
+    at::Tensor place = whole.view(-1).narrow(0, part.first, part.count);
+    if (rank == ranks_.rank()) place.copy_(own_part(moment));
+    ranks_.broadcast_in_place({&place, 1}, rank, "moments");
+  }
+  return whole;
+}
+
+void SharedOptimizer::restore(const NamedState& state, std::int64_t num_steps) {
+  std::map<std::string, at::Tensor> given(state.begin(), state.end());
+  NamedState weights, moments;
+  std::string problems;
+  for (const auto& [name, weight] : this->state())
+    if (const auto found = given.find(name); found != given.end()) weights.push_back(*found), given.erase(found);
+  for (const Moment& moment : moments_) {
+    const auto found = given.find(moment.whole.name);
+    if (found == given.end()) {
+      problems += " missing " + moment.whole.name + ";";
+      continue;
+    }
+    if (found->second.sizes() != at::IntArrayRef(moment.whole.shape) || found->second.scalar_type() != moment.whole.type) problems += " another shape or type of " + moment.whole.name + ";";
+    moments.push_back(*found);
+    given.erase(found);
+  }
+  for (const auto& [name, unknown] : given) problems += " unknown " + name + ";";
+  if (!problems.empty()) fail(ErrorKind::kData, "the checkpoint does not fit what trains:", problems);
+  Optimizer::restore(weights, num_steps);
+  given_ = std::move(moments);
+}
+
+void SharedOptimizer::share(std::int64_t num_steps, parallel::Communicator& ranks) {
+  Optimizer::share(num_steps, ranks);
+  const at::NoGradGuard no_grad;
+  for (std::size_t i = 0; i < moments_.size(); ++i) {
+    const Moment& moment = moments_[i];
+    at::Tensor whole = ranks.rank() == 0 ? given_.at(i).second.contiguous() : at::empty(moment.whole.shape, moment.whole.type);
+    ranks.broadcast_in_place({&whole, 1}, 0, "the checkpoint's moments");
+    const Slice own = moment.of(slices_[static_cast<std::size_t>(ranks.rank())][moment.tensor]);
+    if (own.count > 0) own_part(moment).copy_(whole.view(-1).narrow(0, own.first, own.count));
+  }
+  given_.clear();
+}
+
+}  // namespace alambic::train
