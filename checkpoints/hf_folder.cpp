@@ -163,10 +163,12 @@ std::string FolderTensors::hash() const {
 
 std::string base_hash(const fs::path& folder) { return FolderTensors(folder).hash(); }
 
-models::Decoder load_decoder(const fs::path& folder, at::ScalarType compute_type, const lora::BaseQuantization& quantization, Linears kept, parallel::Communicator* shared_by) {
+std::size_t Sharing::part() const { return static_cast<std::size_t>(ranks.rank() % group); }
+
+models::Decoder load_decoder(const fs::path& folder, at::ScalarType compute_type, const lora::BaseQuantization& quantization, Linears kept, const std::optional<Sharing>& sharing) {
   const BaseWeights weights(folder, quantization);
   models::Decoder decoder = models::make_decoder(weights.config());
-  if (shared_by != nullptr && shared_by->size() > 1) load_shards(decoder, weights, compute_type, quantization, *shared_by, folder);
+  if (sharing && sharing->group > 1) load_shards(decoder, weights, compute_type, quantization, *sharing, folder);
   std::set<const at::Tensor*> norms{&decoder.final_norm_D};
   std::map<const at::Tensor*, models::Linear*> linears;
   for (const models::Block& block : decoder.blocks)

@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -60,11 +61,17 @@ class FolderTensors {
 /// The blocks' linear layers are quantised as asked, one after the other, so that the dense model is never in memory; those of
 /// a folder that bitsandbytes quantised are taken as they are (Error(kUsage): something else is asked for).
 /// kAsStored: what of them is stored in bf16 or f16 stays so, a view of the mapping, where the run computes in f32 (lora/stored_weight.h).
-/// shared_by: each of several ranks loads its part of these layers and no more of them (Decoder::shards), in the narrower of the type of the
-/// file and that of the run; it outlives the decoder, and all ranks call this.
+/// sharing: each of several ranks loads its part of these layers and no more of them (Decoder::shards), in the narrower of the type of the
+/// file and that of the run; the ranks outlive the decoder, and all of them call this.
 enum class Linears { kDense, kAsStored };
+/// Every `group` ranks that follow each other share a model; a divisor of their number. 1: none does.
+struct Sharing {
+  parallel::Communicator& ranks;
+  int group;
+  std::size_t part() const;  // of this rank in its group
+};
 models::Decoder load_decoder(const std::filesystem::path& folder, at::ScalarType compute_type, const lora::BaseQuantization& quantization = {}, Linears linears = Linears::kDense,
-                             parallel::Communicator* shared_by = nullptr);
+                             const std::optional<Sharing>& sharing = std::nullopt);
 
 /// FolderTensors::hash of `folder`, computed by reading the files once.
 std::string base_hash(const std::filesystem::path& folder);

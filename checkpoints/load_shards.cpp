@@ -2,6 +2,7 @@
 #include "checkpoints/load_shards.h"
 
 #include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -31,8 +32,8 @@ struct Shared {
 
 class BlockLoader {
  public:
-  BlockLoader(const BaseWeights& weights, at::ScalarType compute_type, const lora::BaseQuantization& quantization, parallel::Communicator& ranks, const std::filesystem::path& folder)
-      : weights_(weights), compute_type_(compute_type), quantization_(quantization), ranks_(ranks), folder_(folder) {}
+  BlockLoader(const BaseWeights& weights, at::ScalarType compute_type, const lora::BaseQuantization& quantization, const Sharing& sharing, const std::filesystem::path& folder)
+      : weights_(weights), compute_type_(compute_type), quantization_(quantization), sharing_(sharing), folder_(folder) {}
 
   /// This rank's part of the block, whose weights are told how they are cut.
   at::Tensor load(std::vector<Shared>& block) const {
@@ -41,12 +42,12 @@ class BlockLoader {
       describe(shared);
       to_cut.push_back(shared.weight);
     }
-    lora::CutBlock cut = lora::cut(to_cut, ranks_.size());
+    lora::CutBlock cut = lora::cut(to_cut, sharing_.group);
     const at::Tensor part = at::zeros({cut.part_bytes}, at::kByte);
     for (std::size_t i = 0; i < block.size(); ++i) {
       Shared& shared = block[i];
       shared.pieces = std::move(cut.pieces[i]);
-      const lora::Piece& own = shared.pieces[static_cast<std::size_t>(ranks_.rank())];
+      const lora::Piece& own = shared.pieces[sharing_.part()];
       const at::Tensor place = part.narrow(0, own.offset, lora::bytes_of_piece(shared.weight, own.count));
       if (shared.stored) keep_stored(shared, own, place);
       else if (shared.weight.quantization.format == "nf4") shared.nf4 = lora::quantize_nf4(values(shared, own), false);
@@ -128,16 +129,17 @@ class BlockLoader {
     for (Shared& shared : block)
       if (!shared.stored && shared.weight.quantization.format == "nf4") quantised.push_back(&shared);
     if (quantised.empty()) return;
-    const auto rank = static_cast<std::size_t>(ranks_.rank());
+    const std::size_t rank = sharing_.part();
     if (quantised.front()->weight.quantization.double_quant) {
       std::vector<at::Tensor> own;
       for (const Shared* shared : quantised) own.push_back(shared->nf4.absmax);
-      std::vector<std::int64_t> scales(static_cast<std::size_t>(ranks_.size()), 0);
+      std::vector<std::int64_t> scales(static_cast<std::size_t>(sharing_.group), 0);
       for (const Shared* shared : quantised)
         for (std::size_t r = 0; r < scales.size(); ++r) scales[r] += blocks_of(shared->pieces[r].count, lora::kNf4Block);
       const at::Tensor padded = at::zeros({*std::max_element(scales.begin(), scales.end())}, at::kFloat);
       padded.narrow(0, 0, scales[rank]).copy_(at::cat(own));
-      const at::Tensor all = ranks_.all_gather(padded, "scales of nf4");
+      const at::Tensor all = at::empty({sharing_.group, padded.numel()}, at::kFloat);
+      sharing_.ranks.start_gather(all, padded, sharing_.group, "scales of nf4")->wait();
       std::fill(scales.begin(), scales.end(), 0);
       for (Shared* shared : quantised) {
         std::vector<at::Tensor> of_weight;
@@ -159,24 +161,24 @@ class BlockLoader {
   const BaseWeights& weights_;
   at::ScalarType compute_type_;
   lora::BaseQuantization quantization_;
-  parallel::Communicator& ranks_;
+  const Sharing& sharing_;
   std::filesystem::path folder_;
 };
 
 }  // namespace
 
-void load_shards(models::Decoder& decoder, const BaseWeights& weights, at::ScalarType compute_type, const lora::BaseQuantization& quantization, parallel::Communicator& ranks,
+void load_shards(models::Decoder& decoder, const BaseWeights& weights, at::ScalarType compute_type, const lora::BaseQuantization& quantization, const Sharing& sharing,
                  const std::filesystem::path& folder) {
   std::vector<std::vector<Shared>> blocks(decoder.blocks.size());
   for (const models::NamedLinear& named : decoder.linears())
     if (named.layer >= 0) blocks[static_cast<std::size_t>(named.layer)].push_back({.name = named.path + ".weight", .linear = named.linear, .weight = {}});
-  const BlockLoader loader(weights, compute_type, quantization, ranks, folder);
+  const BlockLoader loader(weights, compute_type, quantization, sharing, folder);
   std::vector<at::Tensor> own;
   for (std::vector<Shared>& block : blocks) own.push_back(loader.load(block));
-  decoder.shards = std::make_shared<models::ShardedBlocks>(ranks, std::move(own));
+  decoder.shards = std::make_shared<models::ShardedBlocks>(sharing.ranks, sharing.group, std::move(own));
   for (std::size_t layer = 0; layer < blocks.size(); ++layer)
     for (Shared& shared : blocks[layer]) {
-      const std::int64_t own_bytes = lora::bytes_of_piece(shared.weight, shared.pieces[static_cast<std::size_t>(ranks.rank())].count);
+      const std::int64_t own_bytes = lora::bytes_of_piece(shared.weight, shared.pieces[sharing.part()].count);
       shared.linear->quantized = std::make_shared<lora::ShardedWeight>(decoder.shards, static_cast<std::int64_t>(layer), shared.weight, std::move(shared.pieces), own_bytes, shared.nf4.nested_map, shared.nf4.offset);
       shared.linear->quantized_compute = compute_type;
     }

@@ -14,7 +14,7 @@ namespace alambic::checkpoints {
 
 /// Makes the linear layers of all blocks frozen weights that the ranks share (lora/sharded_weight.h), as load_decoder() would load or quantise
 /// them, bit for bit. A rank reads its own part of each tensor, and holds no more of it at any time. Collective.
-void load_shards(models::Decoder& decoder, const BaseWeights& weights, at::ScalarType compute_type, const lora::BaseQuantization& quantization, parallel::Communicator& ranks,
+void load_shards(models::Decoder& decoder, const BaseWeights& weights, at::ScalarType compute_type, const lora::BaseQuantization& quantization, const Sharing& sharing,
                  const std::filesystem::path& folder);
 
 }  // namespace alambic::checkpoints

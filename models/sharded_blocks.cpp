@@ -9,15 +9,15 @@
 
 namespace alambic::models {
 
-ShardedBlocks::ShardedBlocks(parallel::Communicator& ranks, std::vector<at::Tensor> own) : ranks_(ranks), own_(std::move(own)) {
+ShardedBlocks::ShardedBlocks(parallel::Communicator& ranks, int group, std::vector<at::Tensor> own) : ranks_(ranks), group_(group), own_(std::move(own)) {
   std::int64_t longest = 0;
   for (const at::Tensor& part : own_) longest = std::max(longest, part.numel());
-  for (Buffer& buffer : buffers_) buffer.bytes = at::empty({ranks_.size() * longest}, at::kByte);
+  for (Buffer& buffer : buffers_) buffer.bytes = at::empty({group_ * longest}, at::kByte);
 }
 
 at::Tensor ShardedBlocks::view(const Buffer& buffer) const {
   const std::int64_t size = own_[static_cast<std::size_t>(buffer.layer)].numel();
-  return buffer.bytes.narrow(0, 0, ranks_.size() * size).view({ranks_.size(), size});
+  return buffer.bytes.narrow(0, 0, group_ * size).view({group_, size});
 }
 
 // The buffer that holds or gets a block; never that of the block `kept`.
@@ -27,7 +27,7 @@ ShardedBlocks::Buffer& ShardedBlocks::gathered(std::int64_t layer, std::int64_t 
   Buffer& buffer = buffers_[0].layer == kept ? buffers_[1] : buffers_[0];
   if (buffer.gather) buffer.gather->wait();  // it still writes
   buffer.layer = layer;
-  buffer.gather = ranks_.start_all_gather(view(buffer), own_[static_cast<std::size_t>(layer)], "weights of block " + std::to_string(layer));
+  buffer.gather = ranks_.start_gather(view(buffer), own_[static_cast<std::size_t>(layer)], group_, "weights of block " + std::to_string(layer));
   return buffer;
 }
 

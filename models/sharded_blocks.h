@@ -15,10 +15,11 @@ namespace alambic::models {
 
 class ShardedBlocks {
  public:
-  /// own: of each block this rank's part, bytes [n]; of one block the parts of all ranks are of one length. `ranks` outlives this.
-  ShardedBlocks(parallel::Communicator& ranks, std::vector<at::Tensor> own);
+  /// group: so many ranks that follow each other share the blocks, each group for itself; a divisor of ranks.size(). own: of each block this
+  /// rank's part, bytes [n]; of one block the parts of all ranks are of one length. `ranks` outlives this.
+  ShardedBlocks(parallel::Communicator& ranks, int group, std::vector<at::Tensor> own);
 
-  /// Bytes [ranks, n]: the parts of a block; they hold until the next call. Collective where they are not here yet: all ranks go through the
+  /// Bytes [group, n]: the parts of a block; they hold until the next call. Collective where they are not here yet: all ranks go through the
   /// blocks in the same order, forwards and then backwards.
   at::Tensor block(std::int64_t layer);
   /// Ends this rank's pass over a micro-batch or an evaluated batch. Collective: goes through what this rank has left out of it (all of it,
@@ -40,6 +41,7 @@ class ShardedBlocks {
   at::Tensor view(const Buffer& buffer) const;
 
   parallel::Communicator& ranks_;
+  int group_;
   std::vector<at::Tensor> own_;
   std::array<Buffer, 2> buffers_;
   std::int64_t last_ = -1, direction_ = 1;    // the block asked for last, and where the pass goes

@@ -25,7 +25,7 @@ class Single : public Communicator {
   void start_sum(std::span<at::Tensor>, std::string_view) override {}
   void finish_sums(std::string_view) override {}
   at::Tensor all_gather(const at::Tensor& own, std::string_view) override { return own.unsqueeze(0); }
-  std::unique_ptr<Gather> start_all_gather(const at::Tensor& all, const at::Tensor& own, std::string_view) override {
+  std::unique_ptr<Gather> start_gather(const at::Tensor& all, const at::Tensor& own, int, std::string_view) override {
     all[0].copy_(own);
     return std::make_unique<Done>();
   }

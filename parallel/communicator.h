@@ -50,7 +50,9 @@ class Communicator {
   virtual at::Tensor all_gather(const at::Tensor& own, std::string_view what) = 0;
   /// The same into `all`: [size, ...], and returns at once. The start is the collective call that keeps its place among the others; ranks
   /// wait when they like. Both tensors are contiguous, of one type, and left alone until then.
-  virtual std::unique_ptr<Gather> start_all_gather(const at::Tensor& all, const at::Tensor& own, std::string_view what) = 0;
+  std::unique_ptr<Gather> start_all_gather(const at::Tensor& all, const at::Tensor& own, std::string_view what) { return start_gather(all, own, size(), what); }
+  /// The same among every `group` ranks that follow each other, into [group, ...]; a divisor of size().
+  virtual std::unique_ptr<Gather> start_gather(const at::Tensor& all, const at::Tensor& own, int group, std::string_view what) = 0;
   /// parts: [size, ...]. Returns the sum over ranks of parts[rank()], in the order of sum_in_place.
   virtual at::Tensor reduce_scatter(const at::Tensor& parts, std::string_view what) = 0;
   /// All ranks get what rank `root` has; contiguous tensors of any type.

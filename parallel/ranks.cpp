@@ -8,6 +8,7 @@
 #include <atomic>
 #include <chrono>
 #include <deque>
+#include <map>
 #include <stdexcept>
 #include <thread>
 
@@ -37,6 +38,7 @@ class Ranks : public Communicator {
     // A transport's destructor would wait for transfers that never end, and the watch goes on seeing to it that the process ends.
     static_cast<void>(transport_.release());
     static_cast<void>(gpu_transport_.release());
+    for (auto& [group, transport] : group_transports_) static_cast<void>(transport.release());
     static_cast<void>(watch_.release());
     static_cast<void>(meeting_.release());
     in_flight = true;
@@ -73,12 +75,12 @@ class Ranks : public Communicator {
     return all;
   }
 
-  std::unique_ptr<Gather> start_all_gather(const at::Tensor& all, const at::Tensor& own, std::string_view what) override {
+  std::unique_ptr<Gather> start_gather(const at::Tensor& all, const at::Tensor& own, int group, std::string_view what) override {
     const Timed timed(*this);
     enter(what);
-    if (!all.is_contiguous() || !own.is_contiguous() || all.scalar_type() != own.scalar_type() || all.numel() != size_ * own.numel())
-      fail(ErrorKind::kBug, what, ": parts of ", own.sizes(), " cannot be gathered into ", all.sizes());
-    return std::make_unique<Started>(*this, own.numel() == 0 ? nullptr : transport_for(own).all_gather(all.view({size_, -1}), own.view(-1)), what);
+    if (group < 1 || size_ % group != 0 || !all.is_contiguous() || !own.is_contiguous() || all.scalar_type() != own.scalar_type() || all.numel() != group * own.numel())
+      fail(ErrorKind::kBug, what, ": parts of ", own.sizes(), " cannot be gathered by ", group, " ranks into ", all.sizes());
+    return std::make_unique<Started>(*this, own.numel() == 0 ? nullptr : transport_for(own, group).all_gather(all.view({group, -1}), own.view(-1)), what);
   }
 
   at::Tensor reduce_scatter(const at::Tensor& parts, std::string_view what) override {
@@ -210,8 +212,23 @@ class Ranks : public Communicator {
   /// Made at the first tensor on a GPU, which comes in the same call on all ranks.
   Transport& transport_for(const at::Tensor& tensor) {
     if (!tensor.is_cuda()) return *transport_;
-    if (!gpu_transport_) gpu_transport_ = meeting_->nccl();
+    if (!gpu_transport_) gpu_transport_ = meeting_->nccl(size_);
     return *gpu_transport_;
+  }
+  Transport& transport_for(const at::Tensor& tensor, int group) {
+    if (group == size_) return transport_for(tensor);
+    std::unique_ptr<Transport>& transport = group_transports_[{group, tensor.is_cuda()}];
+    if (!transport) {
+      try {
+        transport = tensor.is_cuda() ? meeting_->nccl(group) : meeting_->gloo(group);
+      } catch (const Error&) {
+        throw;
+      } catch (const std::exception& error) {
+        const std::string message = error.what();
+        lost(watch_->loss_within(kSecondsForTheWatch).value_or("the ranks of a group of " + std::to_string(group) + " cannot connect to each other: " + message.substr(0, message.find('\n'))));
+      }
+    }
+    return *transport;
   }
 
   void enter(std::string_view what) {
@@ -262,6 +279,7 @@ class Ranks : public Communicator {
   std::deque<Bucket> sums_;  // under way, in the order of their beginnings
   std::unique_ptr<Meeting> meeting_;
   std::unique_ptr<Transport> transport_, gpu_transport_;
+  std::map<std::pair<int, bool>, std::unique_ptr<Transport>> group_transports_;  // by size, and whether for GPUs
   std::unique_ptr<Watch> watch_;
 };
 
@@ -308,7 +326,7 @@ std::unique_ptr<Communicator> connect(const LaunchEnvironment& environment, cons
       while (missing < environment.size && meeting->has(key(missing))) ++missing;
     }
     if (missing < environment.size) throw std::runtime_error("not all have come");
-    std::unique_ptr<Transport> transport = meeting->gloo();
+    std::unique_ptr<Transport> transport = meeting->gloo(environment.size);
     auto ranks = std::make_unique<Ranks>(environment, patience.timeout_seconds, std::move(meeting), std::move(transport), std::move(watch));
     ranks->barrier("meeting");
     return ranks;

@@ -41,9 +41,10 @@ class Meeting {
   /// Waits for it; std::exception when it does not come within the meeting's timeout.
   virtual std::string get(const std::string& key) = 0;
   virtual bool has(const std::string& key) = 0;
-  virtual std::unique_ptr<Transport> gloo() = 0;
+  /// Between all ranks, or between every `group` ranks that follow each other: this rank's.
+  virtual std::unique_ptr<Transport> gloo(int group) = 0;
   /// For tensors on GPUs; Error(kResource) where this build or this machine has none.
-  virtual std::unique_ptr<Transport> nccl() = 0;
+  virtual std::unique_ptr<Transport> nccl(int group) = 0;
 };
 
 /// Error(kPeer), naming host and port, when the store cannot be served or reached within the timeout.

@@ -118,10 +118,20 @@ class TcpMeeting : public Meeting {
   void set(const std::string& key, const std::string& value) override { static_cast<c10d::Store&>(*store_).set(key, value); }
   std::string get(const std::string& key) override { return store_->get_to_str(key); }
   bool has(const std::string& key) override { return store_->check({key}); }
-  std::unique_ptr<Transport> gloo() override { return std::make_unique<Gloo>(gloo_group(store_, environment_, timeout_seconds_)); }
-  std::unique_ptr<Transport> nccl() override { return nccl_transport(*store_, environment_.rank, environment_.size); }
+  std::unique_ptr<Transport> gloo(int group) override {
+    LaunchEnvironment own = environment_;
+    own.rank %= group, own.size = group;
+    return std::make_unique<Gloo>(gloo_group(store_of(group), own, timeout_seconds_));
+  }
+  std::unique_ptr<Transport> nccl(int group) override { return nccl_transport(*store_of(group), environment_.rank % group, group); }
 
  private:
+  /// Keys of one group are no other's.
+  c10::intrusive_ptr<c10d::Store> store_of(int group) const {
+    if (group == environment_.size) return store_;
+    return c10::make_intrusive<c10d::PrefixStore>("group/" + std::to_string(group) + "/" + std::to_string(environment_.rank / group), store_);
+  }
+
   LaunchEnvironment environment_;
   double timeout_seconds_;
   c10::intrusive_ptr<c10d::PrefixStore> store_;

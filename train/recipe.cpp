@@ -103,6 +103,15 @@ std::optional<Progress> share_start(const LoopParts& parts, std::optional<Progre
   return progress;
 }
 
+/// How ranks share the blocks; nothing where they do not.
+std::optional<checkpoints::Sharing> sharing_of(const TrainConfig& config, parallel::Communicator& ranks) {
+  if (!config.ranks.shard || config.method != "lora" || ranks.size() == 1) return std::nullopt;
+  const auto group = static_cast<int>(config.ranks.shard_group);
+  if (group > 0 && ranks.size() % group != 0)
+    fail(ErrorKind::kUsage, "ranks.shard_group: ", ranks.size(), " ranks are no whole number of groups of ", group, Remedy{"use a divisor of the number of ranks, or 0 for one group of all"});
+  return checkpoints::Sharing{ranks, group > 0 ? group : ranks.size()};
+}
+
 TrainReport run_ranks(const TrainConfig& config, bool resume, const std::function<bool()>& stop_requested, const Recipe& recipe, parallel::Communicator& ranks, int num_sharing) {
   const NotesOfRank0 notes(ranks);
   const bool is_first = ranks.rank() == 0;
@@ -119,7 +128,7 @@ TrainReport run_ranks(const TrainConfig& config, bool resume, const std::functio
   if (any(ranks, finished.has_value(), "whether the run is finished")) return finished.value_or(TrainReport{.was_finished = true});
   if (is_first)
     for (const std::string& warning : inputs.warnings) log_warning(warning);
-  models::Decoder decoder = checkpoints::load_decoder(config.model, compute_type_of(config), quantization_of(config), checkpoints::Linears::kDense, config.ranks.shard && config.method == "lora" ? &ranks : nullptr);
+  models::Decoder decoder = checkpoints::load_decoder(config.model, compute_type_of(config), quantization_of(config), checkpoints::Linears::kDense, sharing_of(config, ranks));
   if (recipe.see_base) recipe.see_base(decoder);
   make_trainable(decoder, config);
   prepare_blocks(decoder, config, recipe.not_fused, num_sharing);

@@ -82,6 +82,7 @@ struct SamplesConfig {
 struct RanksConfig {
   double timeout = 600, connect_timeout = 300;  // seconds
   bool shard = false;
+  std::int64_t shard_group = 0;  // ranks; 0: all
   void visit(FieldVisitor& fields);
 };
 

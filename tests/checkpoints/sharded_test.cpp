@@ -48,7 +48,7 @@ void write_folder(const std::filesystem::path& folder, const Json& config, at::S
 
 /// What differs between a decoder that these ranks share and the same loaded whole.
 std::string difference(const std::filesystem::path& folder, at::ScalarType type, const lora::BaseQuantization& quantization, Communicator& ranks) {
-  models::Decoder whole = load_decoder(folder, type, quantization, Linears::kAsStored), shared = load_decoder(folder, type, quantization, Linears::kDense, &ranks);
+  models::Decoder whole = load_decoder(folder, type, quantization, Linears::kAsStored), shared = load_decoder(folder, type, quantization, Linears::kDense, Sharing{ranks, ranks.size()});
   if (ranks.size() == 1) return shared.shards ? "one rank shares with nobody" : "";
   std::string wrong;
   const auto wholes = whole.linears(), shareds = shared.linears();
@@ -151,7 +151,7 @@ TEST(ShardedLoad, TakesOnePartOfTheMemory) {
         use_tensor_heaps();  // as the program
         ranks.barrier("all are here");
         const std::uint64_t before = anonymous_kibibytes();
-        const models::Decoder decoder = load_decoder(folder.path() / "large", at::kBFloat16, {.format = format}, Linears::kDense, &ranks);
+        const models::Decoder decoder = load_decoder(folder.path() / "large", at::kBFloat16, {.format = format}, Linears::kDense, Sharing{ranks, ranks.size()});
         if (decoder.shards) decoder.shards->end_pass(true);  // all buffers have been used
         return std::to_string(anonymous_kibibytes() - before);
       });
@@ -182,7 +182,7 @@ TEST(ShardedLoad, OnlyTheRankWhosePartIsDamagedSaysSo) {
     std::ofstream(damaged / "model.safetensors", std::ios::binary) << bytes;
     const auto ends = testing::run_ranks(3, testing::kPatient, [&](Communicator& ranks) {
       try {
-        load_decoder(damaged, at::kFloat, {.format = format}, Linears::kDense, &ranks);
+        load_decoder(damaged, at::kFloat, {.format = format}, Linears::kDense, Sharing{ranks, ranks.size()});
       } catch (const Error& error) {
         if (error.kind() != ErrorKind::kPeer) ranks.tell_failure(error.what());
         throw;

@@ -18,7 +18,7 @@ std::int64_t length_of(std::int64_t layer) { return layer == 3 ? 64 : 100'032; }
 std::shared_ptr<ShardedBlocks> blocks_of(Communicator& ranks) {
   std::vector<at::Tensor> own;
   for (std::int64_t layer = 0; layer < kBlocks; ++layer) own.push_back(at::full({length_of(layer)}, 10 * layer + ranks.rank(), at::kByte));
-  return std::make_shared<ShardedBlocks>(ranks, std::move(own));
+  return std::make_shared<ShardedBlocks>(ranks, ranks.size(), std::move(own));
 }
 
 std::string wrong_with(ShardedBlocks& blocks, Communicator& ranks, std::int64_t layer) {
@@ -57,6 +57,47 @@ TEST_P(OnRanks, HaveEveryBlockWhateverTheOthersLeaveOut) {
   }));
 }
 
+// As on two machines: each group has a model of its own, and their parts never mix.
+TEST(ShardedBlocks, AreSharedByEachGroupForItself) {
+  testing::expect_all_fine(testing::run_ranks(6, testing::kPatient, [](Communicator& ranks) {
+    std::string wrong;
+    for (const int group : {1, 2, 3, 6}) {
+      const int number = ranks.rank() / group, part = ranks.rank() % group;
+      const auto value = [](int of_group, int of_part, std::int64_t layer) { return 100 * of_group + 10 * layer + of_part; };
+      std::vector<at::Tensor> own;
+      for (std::int64_t layer = 0; layer < kBlocks; ++layer) own.push_back(at::full({length_of(layer)}, value(number, part, layer) % 251, at::kByte));
+      ShardedBlocks blocks(ranks, group, std::move(own));
+      for (int pass = 0; pass < 3; ++pass) {
+        for (std::int64_t layer = 0; layer < kBlocks && (pass + ranks.rank()) % 3 != 1; ++layer) {
+          const at::Tensor block = blocks.block(layer);
+          if (block.size(0) != group) wrong += "parts of other groups; ";
+          for (int each = 0; each < group; ++each)
+            if (!block[each].equal(at::full({length_of(layer)}, value(number, each, layer) % 251, at::kByte))) wrong += "block " + std::to_string(layer) + " of part " + std::to_string(each) + " in groups of " + std::to_string(group) + "; ";
+        }
+        blocks.end_pass(true);
+      }
+    }
+    return wrong;
+  }));
+}
+
+TEST(ShardedBlocks, ADeadRankOfAnotherGroupEndsAll) {
+  const auto ends = testing::run_ranks(4, testing::kPatient, [](Communicator& ranks) {
+    ranks.at_step(3);
+    std::vector<at::Tensor> own;
+    for (std::int64_t layer = 0; layer < kBlocks; ++layer) own.push_back(at::full({length_of(layer)}, ranks.rank(), at::kByte));
+    ShardedBlocks blocks(ranks, 2, std::move(own));
+    for (int pass = 0; pass < 1000; ++pass) {
+      if (pass == 5 && ranks.rank() == 3) ::kill(::getpid(), SIGKILL);
+      blocks.end_pass(true);
+      ranks.check();
+    }
+    ranks.barrier("passes");
+    return "";
+  });
+  testing::expect_lost(ends, 3, 15, {"rank 3 died in step 3, weights of block"});
+}
+
 TEST(ShardedBlocks, KeepOnePartAndTwoBuffers) {
   testing::expect_all_fine(testing::run_ranks(4, testing::kPatient, [](Communicator& ranks) -> std::string {
     const std::shared_ptr<ShardedBlocks> blocks = blocks_of(ranks);
@@ -86,7 +127,7 @@ TEST(ShardedBlocks, ARankThatDiesInTheMiddleOfAGatherEndsTheOthers) {
     const std::int64_t bytes = 16 << 20;
     std::vector<at::Tensor> own;
     for (int layer = 0; layer < 2; ++layer) own.push_back(at::full({bytes}, ranks.rank(), at::kByte));
-    ShardedBlocks blocks(ranks, std::move(own));
+    ShardedBlocks blocks(ranks, ranks.size(), std::move(own));
     ranks.barrier("all are here");
     if (ranks.rank() == 2) {
       const at::Tensor all = at::full({3, bytes}, 0, at::kByte);

@@ -82,6 +82,17 @@ class Shard(unittest.TestCase):
             self.scene.train(f"plain-shared{ranks}", *plain, *SHARD, ranks=ranks)
             self.assertEqual(self.scene.fingerprint(f"plain-shared{ranks}"), self.scene.fingerprint(f"plain{ranks}"))
 
+    def test_groups_of_ranks_share_a_model_each(self):
+        for kind in ("fused", "nf4"):
+            run = f"groups-{kind}"
+            self.scene.train(run + "1", *KINDS[kind])
+            self.scene.train(run, *KINDS[kind], *SHARD, *setting(ranks__shard_group="2"), ranks=4)
+            self.assertEqual(self.scene.fingerprint(run), self.scene.fingerprint(run + "1"), kind)
+        done = self.scene.train("groups-uneven", *SHARD, *setting(ranks__shard_group="3"), ranks=4, check=2)
+        self.assertIn("ranks.shard_group: 4 ranks are no whole number of groups of 3", done.stderr)
+        done = self.scene.train("groups-alone", *setting(ranks__shard_group="2"), check=2)
+        self.assertIn("ranks.shard_group: is read only with ranks.shard", done.stderr)
+
     def test_three_ranks_share_unevenly(self):
         uneven = setting(deterministic="false", data__batches_per_step="6", limits__max_steps="20")
         self.scene.train("three", *uneven, ranks=3)

@@ -28,7 +28,7 @@ class Twin : public parallel::Communicator {
     for (at::Tensor& tensor : begun) tensor.mul_(2);
   }
   at::Tensor all_gather(const at::Tensor& own, std::string_view) override { return own; }
-  std::unique_ptr<parallel::Gather> start_all_gather(const at::Tensor&, const at::Tensor&, std::string_view) override { return nullptr; }
+  std::unique_ptr<parallel::Gather> start_gather(const at::Tensor&, const at::Tensor&, int, std::string_view) override { return nullptr; }
   at::Tensor reduce_scatter(const at::Tensor& parts, std::string_view) override { return parts; }
   void broadcast_in_place(std::span<at::Tensor>, int, std::string_view) override {}
   void barrier(std::string_view) override {}
