@@ -24,6 +24,7 @@ KINDS = {
     "fused": (),
     "bf16": setting(compute_type="bf16"),
     "recomputed": setting(memory="block"),
+    "mlp": setting(memory="mlp"),
     "nf4": setting(quantize_base="nf4"),
     "nf4single": setting(quantize_base="nf4", nf4_double_quant="false"),
     "int8": setting(quantize_base="int8", compute_type="bf16"),
