@@ -120,13 +120,15 @@ class Shard(unittest.TestCase):
         self.assertEqual(self.scene.fingerprint("stopped"), self.scene.fingerprint("whole"))
 
     def test_killed_ranks_are_started_again_and_come_to_the_same_bytes(self):
-        scene = Scene(ALAMBIC, steps=200, layers=5, settings=SHARD)
-        try:
-            scene.train("whole")
-            self.assertEqual(kill_ranks(scene, "killed", 3), 3)
-            self.assertEqual(scene.fingerprint("killed"), scene.fingerprint("whole"))
-        finally:
-            scene.close()
+        for method, result in (("lora", "adapter/adapter_model.safetensors"), ("full", "weights/model.safetensors")):
+            scene = Scene(ALAMBIC, steps=200, layers=5, settings=SHARD + setting(method=method, schedule__learning_rate="1e-3"))
+            try:
+                scene.train("whole")
+                self.assertEqual(kill_ranks(scene, "killed", 2), 2)
+                for name in ("metrics.jsonl", "checkpoint-200/state.safetensors", result):
+                    self.assertEqual(*[(scene.root / run / name).read_bytes() for run in ("whole", "killed")], f"{method}: {name}")
+            finally:
+                scene.close()
 
     def test_a_stopped_rank_is_named(self):
         process = self.scene.start("hangs", *SHARD, *setting(ranks__timeout="3", limits__max_steps="100000", checkpoint__every="100000"))
