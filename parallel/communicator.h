@@ -18,7 +18,7 @@ class Tensor;
 
 namespace alambic::parallel {
 
-/// A gather under way. Where it is given up without wait(), because this rank fails, its tensors stay until the process ends.
+/// A gather or an exchange under way. Where it is given up without wait(), because this rank fails, its tensors stay until the process ends.
 class Gather {
  public:
   virtual ~Gather() = default;
@@ -53,6 +53,9 @@ class Communicator {
   std::unique_ptr<Gather> start_all_gather(const at::Tensor& all, const at::Tensor& own, std::string_view what) { return start_gather(all, own, size(), what); }
   /// The same among every `group` ranks that follow each other, into [group, ...]; a divisor of size().
   virtual std::unique_ptr<Gather> start_gather(const at::Tensor& all, const at::Tensor& own, int group, std::string_view what) = 0;
+  /// `send` goes to rank `to`, and `receive` gets what rank `from` sends here in the same call: which ranks those are, and how large the
+  /// tensors are (none at all, too), each pair agrees on by itself. Otherwise as start_all_gather.
+  virtual std::unique_ptr<Gather> start_exchange(const at::Tensor& receive, int from, const at::Tensor& send, int to, std::string_view what) = 0;
   /// parts: [size, ...]. Returns the sum over ranks of parts[rank()], in the order of sum_in_place.
   virtual at::Tensor reduce_scatter(const at::Tensor& parts, std::string_view what) = 0;
   /// All ranks get what rank `root` has; contiguous tensors of any type.

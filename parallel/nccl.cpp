@@ -61,6 +61,12 @@ class Nccl : public Transport {
     at::Tensor flat_out = out.view(-1), flat_in = in.view(-1);
     return started(group_->all_gather_single(flat_out, flat_in), {out, in});
   }
+  std::unique_ptr<Transfer> exchange(at::Tensor out, int from, at::Tensor in, int to) override {
+    std::vector<std::int64_t> received(static_cast<std::size_t>(group_->getSize()), 0), sent = received;
+    received.at(static_cast<std::size_t>(from)) = out.numel();
+    sent.at(static_cast<std::size_t>(to)) = in.numel();
+    return started(group_->all_to_all_single(out, in, received, sent), {out, in});
+  }
   std::unique_ptr<Transfer> broadcast(at::Tensor tensor, int root) override {
     std::vector<at::Tensor> tensors = {tensor};
     return started(group_->broadcast(tensors, {.rootRank = root}), tensors);

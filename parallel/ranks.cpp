@@ -83,6 +83,13 @@ class Ranks : public Communicator {
     return std::make_unique<Started>(*this, own.numel() == 0 ? nullptr : transport_for(own, group).all_gather(all.view({group, -1}), own.view(-1)), what);
   }
 
+  std::unique_ptr<Gather> start_exchange(const at::Tensor& receive, int from, const at::Tensor& send, int to, std::string_view what) override {
+    enter(what);
+    if (!receive.is_contiguous() || !send.is_contiguous() || receive.scalar_type() != send.scalar_type() || from < 0 || from >= size_ || to < 0 || to >= size_)
+      fail(ErrorKind::kBug, what, ": an exchange with ranks ", from, " and ", to, " of ", size_, ", or of tensors that do not fit");
+    return std::make_unique<Started>(*this, transport_for(send).exchange(receive.view(-1), from, send.view(-1), to), what);
+  }
+
   at::Tensor reduce_scatter(const at::Tensor& parts, std::string_view what) override {
     const Timed timed(*this);
     enter(what);

@@ -30,6 +30,8 @@ class Transport {
   virtual std::unique_ptr<Transfer> all_to_all(at::Tensor out, at::Tensor in) = 0;
   /// out: [size, ...]; out[r] becomes rank r's `in`.
   virtual std::unique_ptr<Transfer> all_gather(at::Tensor out, at::Tensor in) = 0;
+  /// `in` goes to rank `to`, `out` gets what rank `from` sends here. Flat tensors, either of which may be empty.
+  virtual std::unique_ptr<Transfer> exchange(at::Tensor out, int from, at::Tensor in, int to) = 0;
   virtual std::unique_ptr<Transfer> broadcast(at::Tensor tensor, int root) = 0;
 };
 

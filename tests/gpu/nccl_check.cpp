@@ -104,6 +104,10 @@ TEST_P(OnGpus, GatherAndBroadcast) {
       ranks.sum_in_place({&ones, 1}, "between");
       gather->wait();
       if (!is_right(all) || ones.max().item<float>() != static_cast<float>(ranks.size())) return "start_all_gather";
+      const int next = (ranks.rank() + 1) % ranks.size(), former = (ranks.rank() + ranks.size() - 1) % ranks.size();
+      const at::Tensor heard = at::empty({3, 2}, options);
+      ranks.start_exchange(heard, former, own, next, "to the next")->wait();
+      if (!heard.equal(at::full({3, 2}, former + 1, options))) return "start_exchange";
       std::vector<at::Tensor> tensors;
       for (int i = 0; i < 40; ++i) tensors.push_back(at::full({i}, ranks.rank() + i, options));
       const int root = ranks.size() - 1;

@@ -143,6 +143,29 @@ TEST_P(OnRanks, SumsUnderWayHaveTheBitsOfSumsInPlace) {
   }));
 }
 
+TEST_P(OnRanks, ExchangesHaveSizesOfTheirOwn) {
+  expect_all_fine(run_ranks(GetParam(), kPatient, [](Communicator& ranks) -> std::string {
+    // Rank r sends to rank r + turn; how much, only the two of them know. Some send nothing, some hear nothing.
+    const int size = ranks.size();
+    const auto amount = [](int from, int turn) -> std::int64_t { return (from + turn) % 3 == 0 ? 0 : 100'001 * from + turn; };
+    std::vector<at::Tensor> received;
+    std::vector<std::unique_ptr<Gather>> exchanges;
+    for (int turn = 0; turn < size; ++turn) {
+      const int to = (ranks.rank() + turn) % size, from = (ranks.rank() - turn + size) % size;
+      received.push_back(at::full({amount(from, turn)}, -1, at::kFloat));
+      exchanges.push_back(ranks.start_exchange(received.back(), from, at::full({amount(ranks.rank(), turn)}, 10 * ranks.rank() + turn, at::kFloat), to, "exchange " + std::to_string(turn)));
+    }
+    at::Tensor sum = at::full({1000}, 1.0, at::kFloat);
+    ranks.sum_in_place({&sum, 1}, "a sum between");
+    for (int turn = size; turn-- > 0;) {
+      const int from = (ranks.rank() - turn + size) % size;
+      exchanges[static_cast<std::size_t>(turn)]->wait();
+      if (!received[static_cast<std::size_t>(turn)].equal(at::full({amount(from, turn)}, 10 * from + turn, at::kFloat))) return "exchange " + std::to_string(turn);
+    }
+    return sum.equal(at::full({1000}, size, at::kFloat)) ? "" : "the sum between";
+  }));
+}
+
 TEST(TreeSum, EveryNthPartIsASubtree) {
   std::vector<at::Tensor> parts;
   for (int i = 0; i < 12; ++i) parts.push_back(at::randn({1000}) * std::pow(10.0, i % 5));
