@@ -142,7 +142,8 @@ void check_input(const Input& input) {
   const std::int64_t in_documents = std::accumulate(input.document_lengths.begin(), input.document_lengths.end(), std::int64_t{0});
   for (const std::int64_t length : input.document_lengths)
     if (length < 1) fail(ErrorKind::kBug, "a document of ", length, " tokens in a forward pass");
-  if (tokens == 0 || in_documents != tokens || input.positions_T.numel() != tokens)
+  const std::int64_t sharing = input.shared != nullptr ? input.shared->context().size : 1;
+  if (tokens == 0 || in_documents != tokens * sharing || input.positions_T.numel() != tokens)
     fail(ErrorKind::kBug, "a forward pass of ", tokens, " tokens with ", input.positions_T.numel(), " positions and documents of ", in_documents, " tokens");
 }
 
@@ -170,7 +171,8 @@ at::Tensor Decoder::hidden_TD(const Input& input) const {
     const double scale = std::sqrt(static_cast<double>(config.hidden_size));
     h_TD = h_TD * (embedding_VD.scalar_type() == at::kBFloat16 ? static_cast<double>(at::BFloat16(static_cast<float>(scale))) : scale);
   }
-  add_neftune_noise_in_place(h_TD, input.document_lengths, input.neftune_alpha, input.dropout_seed);
+  add_neftune_noise_in_place(h_TD, input.document_lengths, input.neftune_alpha, input.dropout_seed, input.shared);
+  if (input.shared != nullptr && !fused) fail(ErrorKind::kBug, "a shared row without the fused blocks");
   if (fused && input.cache == nullptr && input.observer == nullptr) return fused_hidden_TD(*this, input, h_TD);
 
   const double offset = config.family->norm_weight_offset, epsilon = config.norm_epsilon;

@@ -13,6 +13,7 @@
 
 #include "models/config.h"
 #include "models/linear.h"
+#include "models/shared_row.h"
 
 namespace alambic::models {
 
@@ -52,6 +53,9 @@ struct Input {
   KeyValueCache* cache = nullptr;              // generation: keys and values of earlier tokens; the tokens' own are added
   std::vector<std::int64_t> cache_rows = {};   // which of the cache's documents these are
   double neftune_alpha = 0;                    // noise on embeddings (models/neftune.h); only with a dropout_seed
+  /// Where set, the tokens and positions are this rank's own of a row that several share, and document_lengths are the whole row's
+  /// (SharedRow::document_lengths). Only with the fused blocks, and collective.
+  const SharedRow* shared = nullptr;
   const Observer* observer = nullptr;          // is shown each block's tensors as they are made; such a pass is never fused
 };
 
@@ -78,6 +82,7 @@ struct Decoder {
   bool head_tied = false;  // false after training made the two differ
   bool fused = false;      // set by use_fused_blocks(): passes without a key-value cache take the fused path
   Keep keep = Keep::kAll;
+  Context context;         // whom rows are shared with, where a recipe shares them
   /// Rows of the embedding that are trained apart from the frozen rest (models/token_rows.h): f32 [N, D], and which they are.
   /// A tied head uses the same tensor (head.token_rows_ND); undefined and empty: there are none.
   at::Tensor token_rows_ND;

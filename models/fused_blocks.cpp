@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <optional>
 #include <unordered_map>
 
 #include "core/error.h"
@@ -21,6 +22,7 @@
 #include "models/leaf_gradient.h"
 #include "models/packed_attention.h"
 #include "models/product.h"
+#include "models/ring_attention.h"
 #include "models/rope.h"
 #include "models/row_kernels.h"
 
@@ -148,6 +150,7 @@ class TypedTape final : public Tape {
   TypedTape(const Decoder& decoder, const Input& input, bool differentiable, bool input_needs_gradient)
       : decoder_(decoder), config_(decoder.config), real_tokens_(input.tokens_T.numel()), tokens_((real_tokens_ + kTokenRound - 1) / kTokenRound * kTokenRound),
         seed_(input.dropout_seed), lengths_(input.document_lengths), input_needs_gradient_(input_needs_gradient) {
+    if (input.shared != nullptr) shared_ = *input.shared;
     // What is added is a document of zeros, whose gradients are zeros.
     at::Tensor positions_T = input.positions_T;
     if (const std::int64_t added = tokens_ - real_tokens_; added > 0) {
@@ -155,7 +158,11 @@ class TypedTape final : public Tape {
       positions_T = at::cat({positions_T, at::arange(added, at::kLong)});
     }
     shape_ = {.tokens = tokens_, .kv_heads = config_.num_kv_heads, .group = config_.num_heads / config_.num_kv_heads, .head_size = config_.head_size, .document_lengths = lengths_};
-    const auto table = [&](const Rope& rope) { return rotary_table(rope, positions_T, lengths_); };
+    const auto table = [&](const Rope& rope) {
+      if (!shared_) return rotary_table(rope, positions_T, lengths_);
+      const RotaryTable whole = rotary_table(rope, shared_->positions_T(), lengths_);  // documents reach over chunks
+      return RotaryTable{shared_->own(whole.cos_T1F), shared_->own(whole.sin_T1F)};
+    };
     rope_ = table(config_.rope);
     if (config_.family->local_rope_theta != 0) local_rope_ = table(config_.local_rope);
     const std::vector<std::vector<Slot>> slots = groups_of(*config_.family);
@@ -273,7 +280,15 @@ class TypedTape final : public Tape {
 
   at::Tensor dropped(const Member& member, const at::Tensor& x_TI) const {
     const Adapter& adapter = *member.linear->adapter;
-    return seed_ != 0 && adapter.dropout > 0 ? with_dropout(x_TI, adapter.dropout, derive_seed(seed_, "adapter", {adapter.id})) : x_TI;
+    if (seed_ == 0 || adapter.dropout == 0) return x_TI;
+    const std::uint64_t seed = derive_seed(seed_, "adapter", {adapter.id});
+    if (!shared_) return with_dropout(x_TI, adapter.dropout, seed);
+    std::vector<at::Tensor> halves;  // the masks of their places in the row; 64 random bits serve four elements, which no chunk's end divides
+    for (int half = 0; half < 2; ++half) {
+      const std::int64_t place = shared_->first(shared_->context().member, half) * x_TI.size(1);
+      halves.push_back(with_dropout(x_TI.narrow(0, half * shared_->chunk(), shared_->chunk()), adapter.dropout, seed + static_cast<std::uint64_t>(place / 4)));
+    }
+    return at::cat(halves);
   }
 
   // [T, outputs + ranks] with u behind the outputs; with dropout [T, outputs], and u apart.
@@ -419,12 +434,12 @@ class TypedTape final : public Tape {
 
     const AttentionShape shape = attention_shape(layer);
     const at::Tensor query_norm_S = norm_weight(block, Slot::kQueryNorm), key_norm_S = norm_weight(block, Slot::kKeyNorm);
-    AttentionHeads heads = make_heads(shape, /*backward=*/false);
+    AttentionHeads heads = shared_ ? make_ring_heads(shape) : make_heads(shape, /*backward=*/false);
     split_heads(shape, kept.qkv_TN, head_transform(layer, query_norm_S, key_norm_S), heads, /*backward=*/false);
     {
       const KeptTensors own(is_kept);
       kept.out_TQ = empty(config_.num_heads * config_.head_size);
-      kept.lse_KR = attention_forward(shape, heads, kept.out_TQ);
+      kept.lse_KR = shared_ ? ring_attention_forward(shape, *shared_, heads, kept.out_TQ) : attention_forward(shape, heads, kept.out_TQ);
     }
     heads = {};
     at::Tensor y_TN = project(groups[kOut], kept.out_TQ, kept.u_TR[kOut]);
@@ -606,7 +621,8 @@ class TypedTape final : public Tape {
     {
       AttentionHeads heads = make_heads(shape, /*backward=*/true);
       split_heads(shape, kept.qkv_TN, transform, heads, /*backward=*/true);
-      const AttentionGradients by_head = attention_backward(shape, heads, kept.out_TQ, kept.lse_KR, d_out_TQ);
+      const AttentionGradients by_head = shared_ ? ring_attention_backward(shape, *shared_, heads, kept.out_TQ, kept.lse_KR, d_out_TQ)
+                                                 : attention_backward(shape, heads, kept.out_TQ, kept.lse_KR, d_out_TQ);
       const auto norm_gradient = [&](Slot slot) {
         const auto found = block.norms.find(slot);
         return found != block.norms.end() && trained_.holds(found->second) ? at::zeros({config_.head_size}, at::kFloat) : at::Tensor();
@@ -628,6 +644,7 @@ class TypedTape final : public Tape {
   std::int64_t real_tokens_, tokens_;
   std::uint64_t seed_;
   std::vector<std::int64_t> lengths_;
+  std::optional<SharedRow> shared_;
   bool input_needs_gradient_, differentiable_ = false;
   bool keeps_ = false;  // what is made now waits for the backward pass
   AttentionShape shape_;

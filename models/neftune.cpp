@@ -9,6 +9,7 @@
 #include "core/error.h"
 #include "core/random.h"
 #include "core/vector_loops.h"
+#include "models/shared_row.h"
 
 namespace alambic::models {
 namespace {
@@ -29,21 +30,31 @@ struct AddNoise {
 
 }  // namespace
 
-void add_neftune_noise_in_place(at::Tensor& h_TD, const std::vector<std::int64_t>& document_lengths, double alpha, std::uint64_t seed) {
+void add_neftune_noise_in_place(at::Tensor& h_TD, const std::vector<std::int64_t>& document_lengths, double alpha, std::uint64_t seed, const SharedRow* shared) {
   if (alpha == 0 || seed == 0) return;
   if (h_TD.scalar_type() != at::kFloat || !h_TD.is_contiguous()) fail(ErrorKind::kBug, "noise on embeddings of type ", toString(h_TD.scalar_type()));
   const std::int64_t width = h_TD.size(1);
   const std::uint64_t own_seed = derive_seed(seed, "neftune");
   float* const values = h_TD.mutable_data_ptr<float>();
+  struct Piece {
+    std::int64_t row, place, count;  // rows from `row` on are the documents' rows from `place` on
+  };
+  std::vector<Piece> pieces;
+  if (shared == nullptr) pieces.push_back({0, 0, h_TD.size(0)});
+  for (int half = 0; shared != nullptr && half < 2; ++half) pieces.push_back({half * shared->chunk(), shared->first(shared->context().member, half), shared->chunk()});
   std::int64_t begin = 0;
   for (const std::int64_t length : document_lengths) {
     const auto scale = static_cast<float>(alpha / std::sqrt(static_cast<double>(length) * static_cast<double>(width)));
     // A row begins at an even place whatever the width, so that rows can be drawn one by one.
     const auto padded_width = static_cast<std::uint64_t>(width + width % 2);
-    at::parallel_for(begin, begin + length, std::max<std::int64_t>(1, (1 << 14) / width), [&](std::int64_t from, std::int64_t to) {
-      for (std::int64_t row = from; row < to; ++row)
-        run_vectorised<AddNoise>(values + row * width, width, static_cast<std::uint64_t>(row) * padded_width, scale, own_seed);
-    });
+    for (const Piece& piece : pieces) {
+      const std::int64_t first = std::max(begin, piece.place), end = std::min(begin + length, piece.place + piece.count);
+      if (first >= end) continue;
+      at::parallel_for(first, end, std::max<std::int64_t>(1, (1 << 14) / width), [&](std::int64_t from, std::int64_t to) {
+        for (std::int64_t place = from; place < to; ++place)
+          run_vectorised<AddNoise>(values + (place - piece.place + piece.row) * width, width, static_cast<std::uint64_t>(place) * padded_width, scale, own_seed);
+      });
+    }
     begin += length;
   }
 }

@@ -74,11 +74,12 @@ inline float load(const BFloat16* p) { return static_cast<float>(*p); }
 inline void store(float* p, float value) { *p = value; }
 inline void store(BFloat16* p, float value) { *p = static_cast<BFloat16>(value); }
 
-// s [keys, R]: what a query must not see becomes kHidden. Column i is query q0 + i / G, row j is key k0 + j.
-ALAMBIC_VECTORISED void hide(float* s, std::int64_t keys, std::int64_t R, std::int64_t k0, std::int64_t q0, std::int64_t G, std::int64_t window) {
+// s [keys, R]: what a query must not see becomes kHidden. Column i is query q0 + i / G, row j is key k0 + j, of which those from `end` on
+// are none.
+ALAMBIC_VECTORISED void hide(float* s, std::int64_t keys, std::int64_t R, std::int64_t k0, std::int64_t end, std::int64_t q0, std::int64_t G, std::int64_t window) {
   for (std::int64_t j = 0; j < keys; ++j) {
     const std::int64_t key = k0 + j;
-    const std::int64_t early = std::clamp<std::int64_t>((key - q0) * G, 0, R);  // queries before the key
+    const std::int64_t early = key >= end ? R : std::clamp<std::int64_t>((key - q0) * G, 0, R);  // queries before the key
     float* const row = s + j * R;
     for (std::int64_t i = 0; i < early; ++i) row[i] = kHidden;
     if (window > 0) {
@@ -124,12 +125,106 @@ ALAMBIC_VECTORISED void backward_tile(float* p, float* d, std::int64_t keys, std
 
 std::int64_t rounded_keys(std::int64_t keys) { return (keys + kKeyRound - 1) / kKeyRound * kKeyRound; }
 
+// Queries of a tile: 32 tokens from q0 on, of one document.
+struct Queries {
+  std::int64_t q0;
+  const float *rows, *turned;  // [R, S] (backward) and [S, R] with a leading dimension of ld_turned
+  std::int64_t ld_turned;
+};
+
+// The keys begin .. end - 1 of a block through a tile's running softmax. acc [S, R] holds something already where `goes_on`.
+void forward_tile(const AttentionShape& shape, const KeyBlock& block, std::int64_t head, std::int64_t begin, std::int64_t end, const Queries& queries, float* acc, float* m,
+                  float* l, bool goes_on) {
+  const std::int64_t G = shape.group, S = shape.head_size, R = kQueries * G, most_keys = keys_in_tile(R), q0 = queries.q0;
+  float *const s = scratch(0, most_keys * R), *const factor = scratch(11, R);
+  for (std::int64_t k0 = begin; k0 < end; k0 += most_keys) {
+    const std::int64_t keys = rounded_keys(std::min(most_keys, end - k0)), at_key = k0 - block.first;
+    tile_product(keys, R, S, block.k + (head * block.rows + at_key) * S, S, queries.turned, queries.ld_turned, s, R, false);
+    if (shape.soft_cap > 0) cap(s, keys * R, static_cast<float>(shape.soft_cap));
+    if (k0 + keys > std::min(q0, end) || (shape.window > 0 && k0 + shape.window < q0 + kQueries)) hide(s, keys, R, k0, end, q0, G, shape.window);
+    const bool shrinks = softmax_tile(s, keys, R, m, l, factor);
+    if (shrinks && goes_on) scale_columns(acc, S, R, factor);
+    tile_product(S, R, keys, block.vt + head * S * block.rows + at_key, block.rows, s, R, acc, R, goes_on);
+    goes_on = true;
+  }
+}
+
+// acc [S, R] -> rows of out and of the log sums. row0: the buffers' row of the tile's first token; `count` tokens are real.
+template <class T>
+void finish_tile(const AttentionShape& shape, std::int64_t head, std::int64_t row0, std::int64_t count, float* acc, const float* m, const float* l, T* out, std::int64_t ld_out,
+                 float* lse, std::int64_t padded) {
+  const std::int64_t G = shape.group, S = shape.head_size, R = kQueries * G;
+  float *const factor = scratch(11, R), *const turned = scratch(3, R * S);
+  for (std::int64_t i = 0; i < R; ++i) factor[i] = 1.0f / l[i];
+  scale_columns(acc, S, R, factor);
+  transpose(acc, R, turned, S, S, R);
+  for (std::int64_t t = 0; t < count; ++t)
+    for (std::int64_t g = 0; g < G; ++g) {
+      const std::int64_t i = t * G + g;
+      kernels::copy_rows(turned + i * S, S, out + (row0 + t) * ld_out + (head * G + g) * S, S, 1, S);
+      lse[(head * padded + row0 + t) * G + g] = m[i] + std::log(l[i]);
+    }
+}
+
+// Gradients of a tile's outputs og [R, S] and ogt [S, R]; delta and norm [R]. Rows behind the tile's real tokens get probabilities of 0.
+struct OutputGradients {
+  float *og, *ogt, *delta, *norm;
+};
+template <class T>
+OutputGradients output_gradients(const AttentionShape& shape, std::int64_t head, std::int64_t row0, std::int64_t count, const T* out, std::int64_t ld_out, const T* d_out,
+                                 std::int64_t ld_d, const float* lse, std::int64_t padded) {
+  const std::int64_t G = shape.group, S = shape.head_size, R = kQueries * G, valid = count * G;
+  const OutputGradients made{.og = scratch(2, R * S), .ogt = scratch(3, R * S), .delta = scratch(4, R), .norm = scratch(8, R)};
+  std::fill(made.og + valid * S, made.og + R * S, 0.0f);
+  for (std::int64_t t = row0; t < row0 + count; ++t)
+    for (std::int64_t g = 0; g < G; ++g) {
+      const std::int64_t i = (t - row0) * G + g, column = (head * G + g) * S;
+      float* const og = made.og + i * S;
+      kernels::copy_rows(d_out + t * ld_d + column, S, og, S, 1, S);
+      const T* const o = out + t * ld_out + column;
+      float sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (std::int64_t x = 0; x < S; ++x) sum += og[x] * load(o + x);
+      made.delta[i] = sum;
+      made.norm[i] = lse[(head * padded + t) * G + g];
+    }
+  std::fill(made.norm + valid, made.norm + R, -kHidden);
+  std::fill(made.delta + valid, made.delta + R, 0.0f);
+  transpose(made.og, S, made.ogt, R, R, S);
+  return made;
+}
+
+// What the keys begin .. end - 1 of a block and a tile's queries give each other: added to dqt [S, R] (stored there unless `goes_on`) and to
+// dk, dv [keys, S], whose first row is that of key `base`.
+void backward_keys(const AttentionShape& shape, const KeyBlock& block, std::int64_t head, std::int64_t begin, std::int64_t end, const Queries& queries,
+                   const OutputGradients& outputs, float* dqt, float* dk, float* dv, std::int64_t base, bool goes_on) {
+  const std::int64_t G = shape.group, S = shape.head_size, R = kQueries * G, most_keys = keys_in_tile(R), q0 = queries.q0;
+  float *const s = scratch(0, most_keys * R), *const d = scratch(1, most_keys * R);
+  for (std::int64_t k0 = begin; k0 < end; k0 += most_keys) {
+    const std::int64_t keys = rounded_keys(std::min(most_keys, end - k0)), at_key = k0 - block.first, at_row = (head * block.rows + at_key) * S;
+    tile_product(keys, R, S, block.k + at_row, S, queries.turned, queries.ld_turned, s, R, false);
+    tile_product(keys, R, S, block.v + at_row, S, outputs.ogt, R, d, R, false);
+    if (shape.soft_cap > 0) cap(s, keys * R, static_cast<float>(shape.soft_cap));
+    if (k0 + keys > std::min(q0, end) || (shape.window > 0 && k0 + shape.window < q0 + kQueries)) hide(s, keys, R, k0, end, q0, G, shape.window);
+    backward_tile(s, d, keys, R, outputs.norm, outputs.delta, static_cast<float>(shape.soft_cap));
+    tile_product(keys, S, R, s, R, outputs.og, S, dv + (k0 - base) * S, S, true);
+    tile_product(keys, S, R, d, R, queries.rows, S, dk + (k0 - base) * S, S, true);
+    tile_product(S, R, keys, block.kt + head * S * block.rows + at_key, block.rows, d, R, dqt, R, goes_on);
+    goes_on = true;
+  }
+}
+
+KeyBlock block_of(const AttentionHeads& heads, std::int64_t tokens) {
+  const auto data = [](const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr; };
+  return {.first = 0, .count = tokens, .rows = padded_tokens(tokens), .k = data(heads.k_KTS), .kt = data(heads.kt_KST), .v = data(heads.v_KTS), .vt = data(heads.vt_KST)};
+}
+
 template <class T>
 at::Tensor forward(const AttentionShape& shape, const AttentionHeads& heads, at::Tensor& out_TQ) {
   const std::int64_t K = shape.kv_heads, G = shape.group, S = shape.head_size, R = kQueries * G, padded = padded_tokens(shape.tokens), ld_out = out_TQ.stride(0);
-  const std::int64_t most_keys = keys_in_tile(R);
   at::Tensor lse_KR = at::empty({K, padded * G}, at::kFloat);
-  const float *const qt = heads.qt_KSR.const_data_ptr<float>(), *const k = heads.k_KTS.const_data_ptr<float>(), *const vt = heads.vt_KST.const_data_ptr<float>();
+  const float* const qt = heads.qt_KSR.const_data_ptr<float>();
+  const KeyBlock block = block_of(heads, shape.tokens);
   float* const lse = lse_KR.mutable_data_ptr<float>();
   T* const out = out_TQ.mutable_data_ptr<T>();
 
@@ -145,32 +240,21 @@ at::Tensor forward(const AttentionShape& shape, const AttentionHeads& heads, at:
   }
   run_balanced(units, [&](const Unit& unit) {
     const std::int64_t q0 = unit.q0, q1 = std::min(unit.end, q0 + kQueries);
-    float *const s = scratch(0, most_keys * R), *const acc = scratch(1, S * R), *const m = scratch(2, 3 * R), *const l = m + R, *const factor = m + 2 * R;
+    float *const acc = scratch(1, S * R), *const m = scratch(2, 2 * R), *const l = m + R;
     std::fill(m, m + R, kHidden);
     std::fill(l, l + R, 0.0f);
-    const float* const queries = qt + (unit.head * S * padded + q0) * G;
+    const Queries queries{.q0 = q0, .rows = nullptr, .turned = qt + (unit.head * S * padded + q0) * G, .ld_turned = padded * G};
     const std::int64_t begin = shape.window > 0 ? std::max(unit.first, q0 - shape.window + 1) : unit.first;
-    for (std::int64_t k0 = begin; k0 < q1; k0 += most_keys) {
-      const std::int64_t keys = rounded_keys(std::min(most_keys, q1 - k0));
-      tile_product(keys, R, S, k + (unit.head * padded + k0) * S, S, queries, padded * G, s, R, false);
-      if (shape.soft_cap > 0) cap(s, keys * R, static_cast<float>(shape.soft_cap));
-      if (k0 + keys > q0 || (shape.window > 0 && k0 + shape.window < q0 + kQueries)) hide(s, keys, R, k0, q0, G, shape.window);
-      const bool shrinks = softmax_tile(s, keys, R, m, l, factor);
-      if (shrinks && k0 > begin) scale_columns(acc, S, R, factor);
-      tile_product(S, R, keys, vt + unit.head * S * padded + k0, padded, s, R, acc, R, k0 > begin);
-    }
-    for (std::int64_t i = 0; i < R; ++i) factor[i] = 1.0f / l[i];
-    scale_columns(acc, S, R, factor);
-    float* const turned = scratch(3, R * S);
-    transpose(acc, R, turned, S, S, R);
-    for (std::int64_t t = q0; t < q1; ++t)
-      for (std::int64_t g = 0; g < G; ++g) {
-        const std::int64_t i = (t - q0) * G + g;
-        kernels::copy_rows(turned + i * S, S, out + t * ld_out + (unit.head * G + g) * S, S, 1, S);
-        lse[unit.head * padded * G + t * G + g] = m[i] + std::log(l[i]);
-      }
+    forward_tile(shape, block, unit.head, begin, q1, queries, acc, m, l, false);
+    finish_tile(shape, unit.head, q0, q1 - q0, acc, m, l, out, ld_out, lse, padded);
   });
   return lse_KR;
+}
+
+// There and back, so that each split gets as many long tiles as short ones.
+bool is_of_split(std::int64_t tile, std::int64_t split, std::int64_t splits) {
+  const std::int64_t round = 2 * splits, turn = tile % round;
+  return (turn < splits ? turn : round - 1 - turn) == split;
 }
 
 template <class T>
@@ -178,8 +262,8 @@ AttentionGradients backward(const AttentionShape& shape, const AttentionHeads& h
   const std::int64_t K = shape.kv_heads, G = shape.group, S = shape.head_size, R = kQueries * G, padded = padded_tokens(shape.tokens);
   const std::int64_t ld_out = out_TQ.stride(0), ld_d = d_out_TQ.stride(0), most_keys = keys_in_tile(R);
   const auto data = [](const at::Tensor& tensor) { return tensor.const_data_ptr<float>(); };
-  const float *const q = data(heads.q_KRS), *const qt = data(heads.qt_KSR), *const k = data(heads.k_KTS), *const kt = data(heads.kt_KST), *const v = data(heads.v_KTS),
-                    *const lse = data(lse_KR);
+  const float *const q = data(heads.q_KRS), *const qt = data(heads.qt_KSR), *const lse = data(lse_KR);
+  const KeyBlock block = block_of(heads, shape.tokens);
   const T *const out = out_TQ.const_data_ptr<T>(), *const d_out = d_out_TQ.const_data_ptr<T>();
   AttentionGradients result{.q_KRS = at::empty({K, padded * G, S}, at::kFloat), .k_KTS = at::empty({K, padded, S}, at::kFloat), .v_KTS = at::empty({K, padded, S}, at::kFloat)};
   float *const dq = result.q_KRS.mutable_data_ptr<float>(), *const dk = result.k_KTS.mutable_data_ptr<float>(), *const dv = result.v_KTS.mutable_data_ptr<float>();
@@ -203,48 +287,21 @@ AttentionGradients backward(const AttentionShape& shape, const AttentionHeads& h
 
   run_balanced(units, [&](const Unit& unit) {
     const std::int64_t length = unit.end - unit.first, room = length + most_keys;
-    float *const s = scratch(0, most_keys * R), *const d = scratch(1, most_keys * R), *const og = scratch(2, R * S), *const ogt = scratch(3, R * S),
-               *const delta = scratch(4, R), *const dqt = scratch(5, R * S), *const norm = scratch(8, R);
+    float* const dqt = scratch(5, R * S);
     // Keys of a tile may reach into the next document, whose gradients another thread may be adding to: so these are our own.
     float *const own_dk = scratch(6, room * S), *const own_dv = scratch(7, room * S);
     std::fill(own_dk, own_dk + room * S, 0.0f);
     std::fill(own_dv, own_dv + room * S, 0.0f);
-    const std::int64_t tiles = (length + kQueries - 1) / kQueries, round = 2 * unit.splits;
+    const std::int64_t tiles = (length + kQueries - 1) / kQueries;
     for (std::int64_t tile = 0; tile < tiles; ++tile) {
-      const std::int64_t turn = tile % round;  // there and back, so that each split gets as many long tiles as short ones
-      if ((turn < unit.splits ? turn : round - 1 - turn) != unit.split) continue;
-      const std::int64_t q0 = unit.first + tile * kQueries, q1 = std::min(unit.end, q0 + kQueries), valid = (q1 - q0) * G;
-      std::fill(og + valid * S, og + R * S, 0.0f);
-      for (std::int64_t t = q0; t < q1; ++t)
-        for (std::int64_t g = 0; g < G; ++g) {
-          const std::int64_t i = (t - q0) * G + g, column = (unit.head * G + g) * S;
-          kernels::copy_rows(d_out + t * ld_d + column, S, og + i * S, S, 1, S);
-          const T* const o = out + t * ld_out + column;
-          float sum = 0;
-#pragma omp simd reduction(+ : sum)
-          for (std::int64_t x = 0; x < S; ++x) sum += og[i * S + x] * load(o + x);
-          delta[i] = sum;
-          norm[i] = lse[(unit.head * padded + t) * G + g];
-        }
-      // Rows behind the document's end: probabilities of 0.
-      std::fill(norm + valid, norm + R, -kHidden);
-      std::fill(delta + valid, delta + R, 0.0f);
-      transpose(og, S, ogt, R, R, S);
-      const float *const queries = q + (unit.head * padded + q0) * G * S, *const queries_t = qt + (unit.head * S * padded + q0) * G;
+      if (!is_of_split(tile, unit.split, unit.splits)) continue;
+      const std::int64_t q0 = unit.first + tile * kQueries, q1 = std::min(unit.end, q0 + kQueries);
+      const OutputGradients outputs = output_gradients(shape, unit.head, q0, q1 - q0, out, ld_out, d_out, ld_d, lse, padded);
+      const Queries queries{.q0 = q0, .rows = q + (unit.head * padded + q0) * G * S, .turned = qt + (unit.head * S * padded + q0) * G, .ld_turned = padded * G};
       const std::int64_t begin = shape.window > 0 ? std::max(unit.first, q0 - shape.window + 1) : unit.first;
-      for (std::int64_t k0 = begin; k0 < q1; k0 += most_keys) {
-        const std::int64_t keys = rounded_keys(std::min(most_keys, q1 - k0)), at_key = (unit.head * padded + k0) * S;
-        tile_product(keys, R, S, k + at_key, S, queries_t, padded * G, s, R, false);
-        tile_product(keys, R, S, v + at_key, S, ogt, R, d, R, false);
-        if (shape.soft_cap > 0) cap(s, keys * R, static_cast<float>(shape.soft_cap));
-        if (k0 + keys > q0 || (shape.window > 0 && k0 + shape.window < q0 + kQueries)) hide(s, keys, R, k0, q0, G, shape.window);
-        backward_tile(s, d, keys, R, norm, delta, static_cast<float>(shape.soft_cap));
-        tile_product(keys, S, R, s, R, og, S, own_dv + (k0 - unit.first) * S, S, true);
-        tile_product(keys, S, R, d, R, queries, S, own_dk + (k0 - unit.first) * S, S, true);
-        tile_product(S, R, keys, kt + unit.head * S * padded + k0, padded, d, R, dqt, R, k0 > begin);
-      }
-      transpose(dqt, R, og, S, S, R);
-      std::memcpy(dq + (unit.head * padded + q0) * G * S, og, static_cast<std::size_t>(valid * S) * sizeof(float));
+      backward_keys(shape, block, unit.head, begin, q1, queries, outputs, dqt, own_dk, own_dv, unit.first, false);
+      transpose(dqt, R, outputs.og, S, S, R);
+      std::memcpy(dq + (unit.head * padded + q0) * G * S, outputs.og, static_cast<std::size_t>((q1 - q0) * G * S) * sizeof(float));
     }
     float *const to_k = unit.split == 0 ? dk : others + (2 * (unit.split - 1)) * plane, *const to_v = unit.split == 0 ? dv : others + (2 * (unit.split - 1) + 1) * plane;
     const std::int64_t place = (unit.head * padded + unit.first) * S;
@@ -265,6 +322,12 @@ AttentionGradients backward(const AttentionShape& shape, const AttentionHeads& h
     first += length;
   }
   return result;
+}
+
+// The share of a block's keys that some query of a tile may see: begin .. end - 1, empty where begin >= end.
+std::pair<std::int64_t, std::int64_t> seen_keys(const AttentionShape& shape, const QueryTile& tile, const KeyBlock& block) {
+  const std::int64_t from = shape.window > 0 ? std::max(tile.document, tile.first - shape.window + 1) : tile.document;
+  return {std::max(from, block.first), std::min(tile.first + tile.count, block.first + block.count)};
 }
 
 // x [S], in place: rotated forwards, or with `back` as a gradient flows: the transposed rotation.
@@ -392,6 +455,151 @@ void merge_gradients(const AttentionShape& shape, const at::Tensor& qkv_TN, cons
 }
 
 }  // namespace
+
+namespace {
+
+std::vector<QueryTile> query_tiles(const AttentionShape& shape, std::span<const QueryRun> runs) {
+  std::vector<QueryTile> tiles;
+  for (const QueryRun& run : runs) {
+    std::int64_t document = 0;
+    for (const std::int64_t length : shape.document_lengths) {
+      const std::int64_t end = std::min(document + length, run.first + run.count);
+      for (std::int64_t first = std::max(document, run.first); first < end; first += kQueries)
+        tiles.push_back({.row = run.row + first - run.first, .first = first, .count = std::min(kQueries, end - first), .document = document});
+      document += length;
+    }
+  }
+  return tiles;
+}
+
+}  // namespace
+
+RunningAttention::RunningAttention(const AttentionShape& shape, std::span<const QueryRun> runs, const AttentionHeads& heads)
+    : shape_(shape), tiles_(query_tiles(shape, runs)), qt_KSR_(heads.qt_KSR), started_(static_cast<std::size_t>(shape.kv_heads) * tiles_.size(), 0) {
+  const std::int64_t R = kQueries * shape.group;
+  sums_ = at::empty({shape.kv_heads, static_cast<std::int64_t>(tiles_.size()), (shape.head_size + 2) * R}, at::kFloat);
+}
+
+void RunningAttention::add(std::span<const KeyBlock> blocks) {
+  const std::int64_t K = shape_.kv_heads, G = shape_.group, S = shape_.head_size, R = kQueries * G, padded = padded_tokens(shape_.tokens);
+  const float* const qt = qt_KSR_.const_data_ptr<float>();
+  float* const sums = sums_.mutable_data_ptr<float>();
+  const auto tiles = static_cast<std::int64_t>(tiles_.size());
+  std::vector<Unit> units;
+  for (std::int64_t tile = 0; tile < tiles; ++tile) {
+    std::int64_t keys = 0;
+    for (const KeyBlock& block : blocks) {
+      const auto [begin, end] = seen_keys(shape_, tiles_[static_cast<std::size_t>(tile)], block);
+      keys += std::max<std::int64_t>(0, end - begin);
+    }
+    for (std::int64_t head = 0; keys > 0 && head < K; ++head) units.push_back({.first = tile, .end = tile + 1, .head = head, .cost = static_cast<double>(keys) + 8});
+  }
+  run_balanced(units, [&](const Unit& unit) {
+    const QueryTile& tile = tiles_[static_cast<std::size_t>(unit.first)];
+    float *const acc = sums + (unit.head * tiles + unit.first) * (S + 2) * R, *const m = acc + S * R, *const l = m + R;
+    char& started = started_[static_cast<std::size_t>(unit.head * tiles + unit.first)];
+    if (!started) std::fill(m, m + R, kHidden), std::fill(l, l + R, 0.0f);
+    const Queries queries{.q0 = tile.first, .rows = nullptr, .turned = qt + (unit.head * S * padded + tile.row) * G, .ld_turned = padded * G};
+    for (const KeyBlock& block : blocks) {
+      const auto [begin, end] = seen_keys(shape_, tile, block);
+      if (begin >= end) continue;
+      forward_tile(shape_, block, unit.head, begin, end, queries, acc, m, l, started != 0);
+      started = 1;
+    }
+  });
+}
+
+at::Tensor RunningAttention::finish(at::Tensor& out_TQ) {
+  const std::int64_t K = shape_.kv_heads, G = shape_.group, S = shape_.head_size, R = kQueries * G, padded = padded_tokens(shape_.tokens), ld_out = out_TQ.stride(0);
+  if (std::find(started_.begin(), started_.end(), 0) != started_.end()) fail(ErrorKind::kBug, "attention: queries that have seen no key, not even their own");
+  at::Tensor lse_KR = at::empty({K, padded * G}, at::kFloat);
+  float *const lse = lse_KR.mutable_data_ptr<float>(), *const sums = sums_.mutable_data_ptr<float>();
+  const auto tiles = static_cast<std::int64_t>(tiles_.size());
+  const auto finish = [&](auto* out) {
+    at::parallel_for(0, K * tiles, 1, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t i = begin; i < end; ++i) {
+        const QueryTile& tile = tiles_[static_cast<std::size_t>(i % tiles)];
+        float* const acc = sums + i * (S + 2) * R;
+        finish_tile(shape_, i / tiles, tile.row, tile.count, acc, acc + S * R, acc + (S + 1) * R, out, ld_out, lse, padded);
+      }
+    });
+  };
+  if (out_TQ.scalar_type() == at::kFloat) finish(out_TQ.mutable_data_ptr<float>());
+  else finish(out_TQ.mutable_data_ptr<BFloat16>());
+  return lse_KR;
+}
+
+RunningGradients::RunningGradients(const AttentionShape& shape, std::span<const QueryRun> runs, const AttentionHeads& heads, const at::Tensor& out_TQ, const at::Tensor& lse_KR,
+                                   const at::Tensor& d_out_TQ)
+    : shape_(shape), tiles_(query_tiles(shape, runs)), heads_(heads), out_TQ_(out_TQ), lse_KR_(lse_KR), d_out_TQ_(d_out_TQ) {
+  if (out_TQ.scalar_type() != d_out_TQ.scalar_type()) fail(ErrorKind::kBug, "attention: values and gradients of two types");
+  q_KRS_ = at::zeros({shape.kv_heads, padded_tokens(shape.tokens) * shape.group, shape.head_size}, at::kFloat);
+}
+
+at::Tensor RunningGradients::add(std::span<const KeyBlock> blocks) {
+  return out_TQ_.scalar_type() == at::kFloat ? add_typed<float>(blocks) : add_typed<BFloat16>(blocks);
+}
+
+template <class T>
+at::Tensor RunningGradients::add_typed(std::span<const KeyBlock> blocks) {
+  const std::int64_t K = shape_.kv_heads, G = shape_.group, S = shape_.head_size, R = kQueries * G, padded = padded_tokens(shape_.tokens), most_keys = keys_in_tile(R);
+  const auto num_blocks = static_cast<std::int64_t>(blocks.size()), tiles = static_cast<std::int64_t>(tiles_.size());
+  if (num_blocks == 0) return {};
+  const std::int64_t count = blocks.front().count, room = count + most_keys, splits = shape_.tokens > kSplitTokens ? kSplits : 1;
+  const float *const q = heads_.q_KRS.const_data_ptr<float>(), *const qt = heads_.qt_KSR.const_data_ptr<float>(), *const lse = lse_KR_.const_data_ptr<float>();
+  const T *const out = out_TQ_.const_data_ptr<T>(), *const d_out = d_out_TQ_.const_data_ptr<T>();
+  const std::int64_t ld_out = out_TQ_.stride(0), ld_d = d_out_TQ_.stride(0);
+  float* const dq = q_KRS_.mutable_data_ptr<float>();
+  // Each split has gradients of its own, which are added in order.
+  const at::Tensor parts = at::empty({splits, num_blocks, 2, K, count, S}, at::kFloat);
+  float* const part = parts.mutable_data_ptr<float>();
+  std::vector<Unit> units;
+  for (std::int64_t head = 0; head < K; ++head)
+    for (std::int64_t split = 0; split < splits; ++split) units.push_back({.first = 0, .end = tiles, .head = head, .split = split, .splits = splits, .cost = 1});
+  run_balanced(units, [&](const Unit& unit) {
+    // Keys of a tile may reach behind their block: so there is room.
+    const std::int64_t own = num_blocks * room * S;
+    float *const own_dk = scratch(6, own), *const own_dv = scratch(7, own), *const dqt = scratch(5, R * S);
+    std::fill(own_dk, own_dk + own, 0.0f);
+    std::fill(own_dv, own_dv + own, 0.0f);
+    for (std::int64_t number = 0; number < tiles; ++number) {
+      if (!is_of_split(number, unit.split, unit.splits)) continue;
+      const QueryTile& tile = tiles_[static_cast<std::size_t>(number)];
+      const auto sees = [&](const KeyBlock& block) {
+        const auto [begin, end] = seen_keys(shape_, tile, block);
+        return begin < end;
+      };
+      if (std::none_of(blocks.begin(), blocks.end(), sees)) continue;
+      const OutputGradients outputs = output_gradients(shape_, unit.head, tile.row, tile.count, out, ld_out, d_out, ld_d, lse, padded);
+      const std::int64_t row = (unit.head * padded + tile.row) * G;
+      const Queries queries{.q0 = tile.first, .rows = q + row * S, .turned = qt + (unit.head * S * padded + tile.row) * G, .ld_turned = padded * G};
+      bool goes_on = false;
+      for (std::int64_t i = 0; i < num_blocks; ++i) {
+        const KeyBlock& block = blocks[static_cast<std::size_t>(i)];
+        const auto [begin, end] = seen_keys(shape_, tile, block);
+        if (begin >= end) continue;
+        backward_keys(shape_, block, unit.head, begin, end, queries, outputs, dqt, own_dk + i * room * S, own_dv + i * room * S, block.first, goes_on);
+        goes_on = true;
+      }
+      transpose(dqt, R, outputs.og, S, S, R);
+      kernels::add_rows(dq + row * S, outputs.og, S, dq + row * S, tile.count * G, S);
+    }
+    for (std::int64_t i = 0; i < num_blocks; ++i) {
+      float* const to = part + (unit.split * num_blocks + i) * 2 * K * count * S + unit.head * count * S;
+      std::memcpy(to, own_dk + i * room * S, static_cast<std::size_t>(count * S) * sizeof(float));
+      std::memcpy(to + K * count * S, own_dv + i * room * S, static_cast<std::size_t>(count * S) * sizeof(float));
+    }
+  });
+  at::Tensor sum = parts[0];
+  for (std::int64_t split = 1; split < splits; ++split) sum.add_(parts[split]);
+  return sum;
+}
+
+void transpose_heads(const float* from, std::int64_t heads, std::int64_t tokens, std::int64_t S, float* to) {
+  at::parallel_for(0, heads, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t head = begin; head < end; ++head) transpose(from + head * tokens * S, S, to + head * tokens * S, tokens, tokens, S);
+  });
+}
 
 std::int64_t padded_tokens(std::int64_t tokens) { return (tokens + kKeyRound - 1) / kKeyRound * kKeyRound + kQueries; }
 

@@ -9,6 +9,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 namespace alambic::models {
@@ -42,6 +43,60 @@ struct AttentionGradients {
 /// out_TQ is what the forward pass gave, d_out_TQ its gradient; both of one type.
 AttentionGradients attention_backward(const AttentionShape& shape, const AttentionHeads& heads, const at::Tensor& out_TQ, const at::Tensor& lse_KR,
                                       const at::Tensor& d_out_TQ);
+
+// Attention over tokens whose keys come a block at a time, because other ranks have them (models/ring_attention.h). The tokens of the heads
+// are then some runs of a longer list; AttentionShape::document_lengths cuts that list, and AttentionShape::tokens counts the heads' own.
+
+/// `count` tokens of the list from `first` on, which the heads have from token `row` on.
+struct QueryRun {
+  std::int64_t row, first, count;
+};
+/// `count` keys and values of the list from `first` on. k, v: [K, rows, S], kt, vt: [K, S, rows], pointing at the first key of head 0; 32
+/// keys more than there are may be read, of any finite value.
+struct KeyBlock {
+  std::int64_t first = 0, count = 0, rows = 0;
+  const float *k = nullptr, *kt = nullptr, *v = nullptr, *vt = nullptr;  // kt and v: backward; vt: forward
+};
+struct QueryTile {
+  std::int64_t row, first, count, document;  // document: its first token
+};
+
+/// A softmax that goes on from block to block. Which blocks come together does not change the bits, their order does.
+class RunningAttention {
+ public:
+  RunningAttention(const AttentionShape& shape, std::span<const QueryRun> runs, const AttentionHeads& heads);
+  void add(std::span<const KeyBlock> blocks);
+  /// As attention_forward(), once each query has seen its own key.
+  at::Tensor finish(at::Tensor& out_TQ);
+
+ private:
+  AttentionShape shape_;
+  std::vector<QueryTile> tiles_;
+  at::Tensor qt_KSR_, sums_;   // by head and tile: weighted values [S, R], the highest score and the sum of exponentials [R]
+  std::vector<char> started_;  // by head and tile
+};
+
+/// Its backward pass.
+class RunningGradients {
+ public:
+  RunningGradients(const AttentionShape& shape, std::span<const QueryRun> runs, const AttentionHeads& heads, const at::Tensor& out_TQ, const at::Tensor& lse_KR,
+                   const at::Tensor& d_out_TQ);
+  /// Blocks of equal count. What these queries give their keys and values: [blocks, 2, K, count, S]; undefined for no blocks.
+  at::Tensor add(std::span<const KeyBlock> blocks);
+  /// AttentionGradients::q_KRS of the blocks so far.
+  const at::Tensor& queries() const { return q_KRS_; }
+
+ private:
+  template <class T>
+  at::Tensor add_typed(std::span<const KeyBlock> blocks);
+  AttentionShape shape_;
+  std::vector<QueryTile> tiles_;
+  AttentionHeads heads_;
+  at::Tensor out_TQ_, lse_KR_, d_out_TQ_, q_KRS_;
+};
+
+/// [heads, tokens, S] -> [heads, S, tokens].
+void transpose_heads(const float* from, std::int64_t heads, std::int64_t tokens, std::int64_t head_size, float* to);
 
 /// What lies between the projections and attention: bias-free per-head norm where weights are given, rotation, scale.
 struct HeadTransform {

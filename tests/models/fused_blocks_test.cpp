@@ -10,13 +10,16 @@
 #include <ATen/ops/equal.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/silu.h>
 #include <ATen/ops/sin.h>
 #include <ATen/ops/softmax.h>
+#include <ATen/ops/zeros_like.h>
 #include <gtest/gtest.h>
 
 #include "models/rope.h"
 #include "tests/closeness.h"
+#include "tests/forked_ranks.h"
 #include "tests/models/tiny_model.h"
 #include "tests/support.h"
 
@@ -290,6 +293,53 @@ TEST_P(FusedFamily, PartlyTrainedDecodersEqualTheAtenPath) {
           for (auto& [slot, norm] : block.norms) norm.requires_grad_(true);
       },
       input, at::kFloat, 1e-5, 2e-5);
+}
+
+// On 2 and 4 ranks: hidden states of each one's tokens, and gradients that add up to those of one rank, with the same masks and noise.
+TEST_P(FusedFamily, ASharedRowGivesWhatOneRankGives) {
+  for (const int size : {2, 4})
+    testing::expect_all_fine(testing::run_ranks(size, testing::kPatient, [&](parallel::Communicator& ranks) -> std::string {
+      at::set_num_threads(1);
+      for (const bool full : {false, true}) {
+        Decoder decoder = decoder_of(golden_);
+        attach(decoder, full ? 0 : 0.25);
+        if (full)
+          for (const NamedTensor& named : decoder.tensors()) named.tensor->requires_grad_(true);
+        if (const std::string why = use_fused_blocks(decoder); !why.empty()) return why;
+        Input whole = packed_input(decoder, {3, 370, 1, 90, 33}, 77);
+        whole.neftune_alpha = 5;
+        std::vector<at::Tensor> expected;
+        const at::Tensor hidden_TD = run(decoder, whole, &expected), weights_TD = uneven(hidden_TD.sizes().vec(), 2, 1);
+
+        const SharedRow row({.ranks = &ranks, .size = size, .member = ranks.rank()}, whole.document_lengths);
+        Input own = whole;
+        own.tokens_T = row.own(whole.tokens_T), own.positions_T = row.own(row.positions_T()), own.document_lengths = row.document_lengths(), own.shared = &row;
+        std::vector<at::Tensor> first;
+        for (const Keep keep : kPolicies) {
+          decoder.keep = keep;
+          for (const auto& [name, tensor] : trained(decoder)) tensor->mutable_grad().reset();
+          const at::Tensor own_TD = decoder.hidden_TD(own);
+          // Padding is no one's: its states are not looked at, and have no gradient.
+          const at::Tensor real_T1 = row.own(at::ones({hidden_TD.size(0), 1}, at::kFloat));
+          if (const auto close = testing::is_close(own_TD * real_T1, row.own(hidden_TD), {.absolute = 1e-5 * hidden_TD.abs().max().item<double>()}); !close)
+            return std::string("hidden states: ") + close.message();
+          (own_TD.to(at::kFloat) * row.own(weights_TD)).sum().backward();
+          std::vector<at::Tensor> gradients;
+          for (const auto& [name, tensor] : trained(decoder)) gradients.push_back(tensor->grad().defined() ? tensor->grad().contiguous() : at::zeros_like(tensor->detach()));
+          ranks.sum_in_place(gradients, "gradients");
+          const auto names = trained(decoder);
+          for (std::size_t i = 0; i < names.size(); ++i) {
+            if (!expected[i].defined()) continue;
+            if (const auto close = is_close_to_scale(gradients[i], expected[i], 2e-5); !close) return names[i].first + ": " + close.message();
+            if (!first.empty() && !first[i].equal(gradients[i])) return names[i].first + " differs with another memory policy";
+          }
+          if (first.empty()) first = gradients;
+        }
+        const at::NoGradGuard constant;
+        if (!decoder.hidden_TD(own).equal(decoder.hidden_TD(own))) return "other bits the second time";
+      }
+      return "";
+    }));
 }
 
 TEST_P(FusedFamily, NothingOfThePassDependsOnTheNumberOfThreads) {

@@ -29,6 +29,7 @@ class Twin : public parallel::Communicator {
   }
   at::Tensor all_gather(const at::Tensor& own, std::string_view) override { return own; }
   std::unique_ptr<parallel::Gather> start_gather(const at::Tensor&, const at::Tensor&, int, std::string_view) override { return nullptr; }
+  std::unique_ptr<parallel::Gather> start_exchange(const at::Tensor&, int, const at::Tensor&, int, std::string_view) override { return nullptr; }
   at::Tensor reduce_scatter(const at::Tensor& parts, std::string_view) override { return parts; }
   void broadcast_in_place(std::span<at::Tensor>, int, std::string_view) override {}
   void barrier(std::string_view) override {}
