@@ -87,7 +87,7 @@ class Loop {
     const std::vector<data::Batch> micro_batches = parts_.batches.next_step();
     const std::uint64_t seed = derive_seed(config_.seed, "dropout", {static_cast<std::uint64_t>(progress_.step)});
     const StepReport report = step(micro_batches, parts_.loss_sum, parts_.optimizer, learning_rate, config_.optimizer.max_grad_norm,
-                                   seed, parts_.ranks, parts_.stop_requested, config_.deterministic ? Order::kTree : Order::kAsTheyCome, parts_.figures, parts_.shards);
+                                   seed, parts_.ranks, parts_.stop_requested, config_.deterministic ? Order::kTree : Order::kAsTheyCome, parts_.figures, static_cast<int>(config_.ranks.context), parts_.shards);
     if (report.stopped) stop();  // progress_ still says where this step began: a resumed run makes it again
 
     const data::StreamCounts counts = parts_.batches.counts();

@@ -102,7 +102,7 @@ std::string prepare_blocks(models::Decoder& decoder, const TrainConfig& config, 
     if (config.memory == name) break;
     if (config.memory != "auto") continue;
     if (available == 0) break;
-    if (static_cast<double>(estimate_memory(decoder, optimizer_bytes, config.data.row_length * config.data.rows_per_batch).total()) < kShareOfAvailable * static_cast<double>(available)) break;
+    if (static_cast<double>(estimate_memory(decoder, optimizer_bytes, config.data.row_length * config.data.rows_per_batch / config.ranks.context).total()) < kShareOfAvailable * static_cast<double>(available)) break;
   }
   log_info("blocks: fused, memory: ", name_of(decoder.keep));
   return "";

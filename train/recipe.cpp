@@ -3,6 +3,7 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros_like.h>
 
 #include <memory>
 
@@ -11,12 +12,14 @@
 #include "core/error.h"
 #include "core/files.h"
 #include "core/log.h"
+#include "core/random.h"
 #include "lora/initialise.h"
 #include "models/decoder.h"
 #include "models/sharded_blocks.h"
 #include "parallel/connect.h"
 #include "train/cross_entropy.h"
 #include "train/inputs.h"
+#include "train/known_gradients.h"
 #include "train/loop.h"
 #include "train/memory.h"
 #include "train/run_folder.h"
@@ -30,9 +33,28 @@ Inputs open_inputs(const TrainConfig& config, const Recipe& recipe) {
   return inputs;
 }
 
+namespace {
+
+/// This rank's part of the sum over a batch whose tokens all members of decoder.context share. It always has a backward pass, in which the
+/// others need this rank.
+at::Tensor shared_text_loss(const TrainConfig& config, models::Decoder& decoder, const data::Batch& batch, std::uint64_t dropout_seed) {
+  const models::SharedRow row(decoder.context, batch.document_lengths);
+  const models::Input input{.tokens_T = row.own(batch.tokens_T), .positions_T = row.own(row.positions_T()), .document_lengths = row.document_lengths(), .dropout_seed = dropout_seed,
+                            .neftune_alpha = config.neftune_alpha, .shared = &row};
+  const at::Tensor hidden_TD = decoder.hidden_TD(input);
+  // Rows of the head are numbered by each rank, so that masks of an adapter there are its own.
+  const std::uint64_t head_seed = derive_seed(dropout_seed, "context", {static_cast<std::uint64_t>(decoder.context.member)}) | 1;
+  const at::Tensor sum = cross_entropy_sum(hidden_TD, decoder.head, row.own(batch.targets_T), row.own(batch.keep_T), head_seed, config.loss);
+  if (sum.requires_grad() || !hidden_TD.requires_grad()) return sum;
+  return KnownGradients::apply(sum, at::TensorList{hidden_TD}, torch::autograd::variable_list{at::zeros_like(hidden_TD.detach())});
+}
+
+}  // namespace
+
 Recipe text_recipe(const TrainConfig& config) {
-  return {.loss = [config](models::Decoder& decoder, const Inputs&, std::vector<models::NamedTensor>&) -> LossSum {
+  return {.shares_rows = true, .loss = [config](models::Decoder& decoder, const Inputs&, std::vector<models::NamedTensor>&) -> LossSum {
     return [config, &decoder](const data::Batch& batch, std::uint64_t dropout_seed) {
+      if (decoder.context.size > 1) return shared_text_loss(config, decoder, batch, dropout_seed);
       const at::Tensor hidden_TD = decoder.hidden_TD(input_of(batch, dropout_seed, config.neftune_alpha));
       return cross_entropy_sum(hidden_TD, decoder.head, batch.targets_T, batch.keep_T, dropout_seed, config.loss);
     };
@@ -112,6 +134,29 @@ std::optional<checkpoints::Sharing> sharing_of(const TrainConfig& config, parall
   return checkpoints::Sharing{ranks, group > 0 ? group : ranks.size()};
 }
 
+/// From now on `context` ranks compute each row together. Which of them keeps what between the passes is the same on all ranks, since attention
+/// that is computed again speaks to the others again.
+void share_rows(models::Decoder& decoder, const std::string& not_fused, parallel::Communicator& ranks, int context) {
+  if (!not_fused.empty())
+    fail(ErrorKind::kUsage, "ranks.context: rows are shared by the fused blocks alone, which cannot be used: ", not_fused, Remedy{"use ranks.context: 1"});
+  const at::Tensor own = at::empty({1}, at::kLong).fill_(static_cast<std::int64_t>(decoder.keep));
+  decoder.keep = static_cast<models::Keep>(ranks.all_gather(own, "memory policy").max().item<std::int64_t>());
+  decoder.context = {.ranks = &ranks, .size = context, .member = ranks.rank() % context};
+}
+
+/// What a number of ranks cannot do; said before they meet.
+void require_sharing(const TrainConfig& config, const Recipe& recipe, int num_ranks) {
+  const std::int64_t context = config.ranks.context;
+  if (context == 1) return;
+  if (!recipe.shares_rows) fail(ErrorKind::kUsage, "ranks.context: ", recipe.verb, " computes each row on one rank", Remedy{"use ranks.context: 1; its ranks share micro-batches"});
+  if (num_ranks % context != 0)
+    fail(ErrorKind::kUsage, "ranks.context: ", context, " ranks are to share each row, but ", num_ranks, num_ranks == 1 ? " rank was started" : " ranks were started",
+         Remedy{"start a multiple of ranks.context (alambic launch -n N), or set a ranks.context that divides " + std::to_string(num_ranks)});
+  if (const std::int64_t groups = num_ranks / context; config.data.batches_per_step % groups != 0)
+    fail(ErrorKind::kUsage, "data.batches_per_step: ", config.data.batches_per_step, " micro-batches cannot be shared evenly by ", groups, " groups of ", context, " ranks (ranks.context)",
+         Remedy{"make it a multiple of " + std::to_string(groups)});
+}
+
 TrainReport run_ranks(const TrainConfig& config, bool resume, const std::function<bool()>& stop_requested, const Recipe& recipe, parallel::Communicator& ranks, int num_sharing) {
   const NotesOfRank0 notes(ranks);
   const bool is_first = ranks.rank() == 0;
@@ -131,15 +176,18 @@ TrainReport run_ranks(const TrainConfig& config, bool resume, const std::functio
   models::Decoder decoder = checkpoints::load_decoder(config.model, compute_type_of(config), quantization_of(config), checkpoints::Linears::kDense, sharing_of(config, ranks));
   if (recipe.see_base) recipe.see_base(decoder);
   make_trainable(decoder, config);
-  prepare_blocks(decoder, config, recipe.not_fused, num_sharing);
+  const std::string not_fused = prepare_blocks(decoder, config, recipe.not_fused, num_sharing);
+  const auto context = static_cast<int>(config.ranks.context);
+  if (context > 1) share_rows(decoder, not_fused, ranks, context);
   std::vector<models::NamedTensor> trained = lora::trainable(decoder);
   const LossSum loss_sum = recipe.loss(decoder, inputs, trained);
   const std::unique_ptr<Optimizer> optimizer = make_optimizer(trained, config.optimizer, config.ranks.shard && config.method == "full" ? &ranks : nullptr);
   if (is_first) require_disk(config, *optimizer, inputs.model.num_parameters());
-  data::BatchStream batches(stream_config(config), static_cast<std::uint32_t>(inputs.model.vocabulary_size), ranks.rank(), ranks.size());
+  data::BatchStream batches(stream_config(config), static_cast<std::uint32_t>(inputs.model.vocabulary_size), ranks.rank() / context, ranks.size() / context);
   const Sampler sampler(config, decoder);
   Json identity = identity_of(config, inputs);
   if (ranks.size() > 1 && !config.deterministic) identity["machine"]["ranks"] = ranks.size();
+  if (context > 1) identity["machine"]["context"] = context;
 
   const LoopParts parts{
       .batches = batches,
@@ -168,7 +216,7 @@ TrainReport run_ranks(const TrainConfig& config, bool resume, const std::functio
   const std::int64_t beside = parameters_beside(*optimizer);
   log_info("training ", optimizer->num_parameters() - beside, " of ", inputs.model.num_parameters(), " parameters", beside > 0 ? " and " + std::to_string(beside) + " beside them" : "", " for ", parts.total_steps, " steps, ",
            toString(compute_type_of(config)), config.quantize_base == "none" ? "" : " on a base in " + lora::name_of(quantization_of(config)),
-           ranks.size() == 1 ? "" : ", by " + std::to_string(ranks.size()) + " ranks", ", into ", config.output.string());
+           ranks.size() == 1 ? "" : ", by " + std::to_string(ranks.size()) + " ranks" + (context == 1 ? "" : ", " + std::to_string(context) + " to a row"), ", into ", config.output.string());
   const Progress progress = run(config, parts, resumed);
   TrainReport report = is_first ? finish(config, inputs, progress) : TrainReport{.steps = progress.step};
   ranks.barrier("end of the run");
@@ -182,6 +230,7 @@ TrainReport run_recipe(const TrainConfig& given, bool resume, const std::functio
   const TrainConfig config = with_token_ids(given);
   use_threads(config);
   const parallel::LaunchEnvironment environment = parallel::launch_environment();
+  require_sharing(config, recipe, environment.size);
   const auto ranks = parallel::connect(environment, {.timeout_seconds = config.ranks.timeout, .connect_timeout_seconds = config.ranks.connect_timeout});
   try {
     TrainReport report = run_ranks(config, resume, stop_requested, recipe, *ranks, environment.local_size);

@@ -20,6 +20,8 @@ struct Recipe {
   std::function<void(Inputs&)> open = {};
   /// Sees the decoder as it was loaded, before anything of it is made to train.
   std::function<void(const models::Decoder&)> see_base = {};
+  /// Whether the loss shares rows with decoder.context (ranks.context).
+  bool shares_rows = false;
   /// Why the loss sees what the fused blocks do not show, so that they must not be used; "": it does not.
   std::string not_fused = {};
   /// The loss of the decoder, which is ready to train and stays where it is; further tensors to train may be added to the list, under

@@ -20,11 +20,17 @@ namespace alambic::train {
 namespace {
 
 /// The micro-batches of all ranks, as far as a step needs to know of them: one value each, written by the rank whose it is, then
-/// shared. A sum in which all other ranks add zeros is exact, so it does not matter who wrote what.
+/// shared. A sum in which all other ranks add zeros is exact, so it does not matter who wrote what. Ranks that share rows add up their parts.
 class OfAll {
  public:
-  OfAll(std::size_t own, parallel::Communicator& ranks) : ranks_(ranks), values_(at::zeros({static_cast<std::int64_t>(own) * ranks.size() + 1}, at::kDouble)) {}
-  double& operator[](std::size_t own) { return values_.mutable_data_ptr<double>()[own * static_cast<std::size_t>(ranks_.size()) + static_cast<std::size_t>(ranks_.rank())]; }
+  OfAll(std::size_t own, parallel::Communicator& ranks, int context)
+      : ranks_(ranks), groups_(static_cast<std::size_t>(ranks.size() / context)), group_(static_cast<std::size_t>(ranks.rank() / context)),
+        values_(at::zeros({static_cast<std::int64_t>(own * groups_) + 1}, at::kDouble)) {}
+  double& operator[](std::size_t own) { return values_.mutable_data_ptr<double>()[index(own)]; }
+  /// Of a micro-batch, among those of all ranks.
+  std::size_t index(std::size_t own) const { return own * groups_ + group_; }
+  /// Of the micro-batches that all ranks are at, when this one is at its own.
+  std::span<const double> beside(std::size_t own) const { return all().subspan(own * groups_, groups_); }
   /// One number more, of which every rank adds its own.
   double& votes() { return values_.mutable_data_ptr<double>()[values_.numel() - 1]; }
   void share(std::string_view what) { ranks_.sum_in_place({&values_, 1}, what); }
@@ -37,17 +43,18 @@ class OfAll {
 
  private:
   parallel::Communicator& ranks_;
+  std::size_t groups_, group_;
   at::Tensor values_;
 };
 
 /// Figures of the micro-batches of all ranks.
 class FiguresOfAll {
  public:
-  FiguresOfAll(std::size_t own, parallel::Communicator& ranks) : own_(own), ranks_(ranks) {}
+  FiguresOfAll(std::size_t own, parallel::Communicator& ranks, int context) : own_(own), ranks_(ranks), context_(context) {}
   void note(std::size_t own, const Json& figures) {
     for (const auto& [name, figure] : figures.items()) {
       const auto found = std::find_if(figures_.begin(), figures_.end(), [&](const Figure& each) { return each.name == name; });
-      Figure& noted = found != figures_.end() ? *found : figures_.emplace_back(name, figure.is_number_integer(), OfAll(own_, ranks_));
+      Figure& noted = found != figures_.end() ? *found : figures_.emplace_back(name, figure.is_number_integer(), OfAll(own_, ranks_, context_));
       noted.values[own] = figure.is_number() ? figure.get<double>() : std::numeric_limits<double>::quiet_NaN();
     }
   }
@@ -72,13 +79,14 @@ class FiguresOfAll {
   };
   std::size_t own_;
   parallel::Communicator& ranks_;
+  int context_;
   std::vector<Figure> figures_;  // in the order in which the recipe names them
 };
 
 /// First samples of the micro-batches of all ranks that are marked.
-std::vector<std::uint64_t> samples_of(std::span<const data::Batch> micro_batches, std::span<const double> marks, parallel::Communicator& ranks) {
-  OfAll first(micro_batches.size(), ranks);
-  for (std::size_t i = 0; i < micro_batches.size(); ++i) first[i] = static_cast<double>(micro_batches[i].first_sample);  // exact below 2^53
+std::vector<std::uint64_t> samples_of(std::span<const data::Batch> micro_batches, std::span<const double> marks, parallel::Communicator& ranks, int context) {
+  OfAll first(micro_batches.size(), ranks, context);
+  for (std::size_t i = 0; i < micro_batches.size() && ranks.rank() % context == 0; ++i) first[i] = static_cast<double>(micro_batches[i].first_sample);  // exact below 2^53
   first.share("samples of a bad step");
   std::vector<std::uint64_t> samples;
   for (std::size_t i = 0; i < marks.size(); ++i)
@@ -133,11 +141,11 @@ void require_tree(int num_ranks) {
 
 StepReport step(std::span<const data::Batch> micro_batches, const LossSum& loss_sum, Optimizer& optimizer, double learning_rate,
                 double max_grad_norm, std::uint64_t dropout_seed, parallel::Communicator& ranks,
-                const std::function<bool()>& stop_requested, Order order, const Figures& figures, models::ShardedBlocks* shards) {
+                const std::function<bool()>& stop_requested, Order order, const Figures& figures, int context, models::ShardedBlocks* shards) {
   if (order == Order::kTree) require_tree(ranks.size());
   // Counted before any forward pass, over all ranks: each token then weighs the same, however the batch was cut.
-  OfAll counts(micro_batches.size(), ranks);
-  for (std::size_t i = 0; i < micro_batches.size(); ++i) counts[i] = static_cast<double>(micro_batches[i].num_kept);
+  OfAll counts(micro_batches.size(), ranks, context);
+  for (std::size_t i = 0; i < micro_batches.size() && ranks.rank() % context == 0; ++i) counts[i] = static_cast<double>(micro_batches[i].num_kept);
   counts.share("count of tokens");
   const double num_tokens = counts.sum();
   if (num_tokens == 0)
@@ -145,24 +153,25 @@ StepReport step(std::span<const data::Batch> micro_batches, const LossSum& loss_
          " is masked; nothing to learn from", Remedy{"look at the loss mask with inspect, or use more batches_per_step"});
 
   StepReport report{.num_tokens = static_cast<std::int64_t>(num_tokens)};
-  OfAll nats(micro_batches.size(), ranks);
-  FiguresOfAll told(micro_batches.size(), ranks);
+  OfAll nats(micro_batches.size(), ranks, context);
+  FiguresOfAll told(micro_batches.size(), ranks, context);
   const bool tells_each = figures && (ranks.size() > 1 || order == Order::kTree);  // else the figures add up by themselves, in this very order
   const auto learn = [&](std::size_t own) {
     if (report.stopped) return;
     const data::Batch& batch = micro_batches[own];
-    if (batch.num_kept > 0) {
-      const std::uint64_t index = own * static_cast<std::uint64_t>(ranks.size()) + static_cast<std::uint64_t>(ranks.rank());  // among those of all ranks
-      const at::Tensor loss = loss_sum(batch, derive_seed(dropout_seed, "micro-batch", {index}) | 1);
+    // Where rows are shared, the passes of all ranks speak to each other: they begin together, and none is left out.
+    const std::span<const double> beside = counts.beside(own);
+    if (context == 1 ? batch.num_kept > 0 : std::any_of(beside.begin(), beside.end(), [](double count) { return count > 0; })) {
+      const at::Tensor loss = loss_sum(batch, derive_seed(dropout_seed, "micro-batch", {nats.index(own)}) | 1);
       nats[own] = loss.item<double>();
-      if (std::isfinite(nats[own])) (loss / num_tokens).backward();
+      if (context == 1 ? std::isfinite(nats[own]) : loss.requires_grad()) (loss / num_tokens).backward();
     }
     if (shards != nullptr) shards->end_pass(/*backward=*/true);
     if (tells_each) told.note(own, figures(1));
     ranks.check();
     report.stopped = stop_requested && stop_requested();
     // A rank that stopped alone would leave the others without its part of the next pass.
-    if (shards != nullptr) report.stopped = parallel::any(ranks, report.stopped, "whether to stop");
+    if (shards != nullptr || context > 1) report.stopped = parallel::any(ranks, report.stopped, "whether to stop");
   };
   // Where blocks are shared, a rank that skips a backward pass makes up for its gathers at the end, and no sum may have come between.
   GradientSums sums(optimizer, ranks, /*in_backward=*/shards == nullptr);
@@ -195,7 +204,7 @@ StepReport step(std::span<const data::Batch> micro_batches, const LossSum& loss_
     bool any_bad = false;
     for (const double value : nats.all()) bad.push_back(std::isfinite(value) ? 0 : 1), any_bad |= !std::isfinite(value);
     if (!any_bad) bad.assign(bad.size(), 1);
-    report.bad_samples = samples_of(micro_batches, bad, ranks);
+    report.bad_samples = samples_of(micro_batches, bad, ranks, context);
   }
   return report;
 }

@@ -45,11 +45,12 @@ enum class Order {
 /// Error(kUsage) when this number of ranks cannot share the tree of kTree: it is no power of two.
 void require_tree(int num_ranks);
 
-/// One optimiser step over this rank's micro-batches: numbers rank, rank + size, ... of those of all ranks, equally many on each.
+/// One optimiser step over this rank's micro-batches: numbers rank, rank + size, ... of those of all ranks, equally many on each. With `context`
+/// above 1 that many consecutive ranks get the same micro-batches, and the loss is each one's part: the groups then count as ranks.
 /// Collective; the report is the same on all ranks, and so is whether the step is applied. Error(kData) when every token is masked;
 /// for kTree the error of require_tree(). shards: of the decoder that loss_sum passes through once, where ranks share it.
 StepReport step(std::span<const data::Batch> micro_batches, const LossSum& loss_sum, Optimizer& optimizer, double learning_rate,
                 double max_grad_norm, std::uint64_t dropout_seed, parallel::Communicator& ranks,
-                const std::function<bool()>& stop_requested = {}, Order order = Order::kAsTheyCome, const Figures& figures = {}, models::ShardedBlocks* shards = nullptr);
+                const std::function<bool()>& stop_requested = {}, Order order = Order::kAsTheyCome, const Figures& figures = {}, int context = 1, models::ShardedBlocks* shards = nullptr);
 
 }  // namespace alambic::train

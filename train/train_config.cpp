@@ -88,6 +88,7 @@ void RanksConfig::visit(FieldVisitor& fields) {
   fields.field("shard", shard, {.help = "each rank keeps its part: of the blocks' frozen weights, gathered just before use (method: lora), or of the moments (method: full); less memory, the same bits"});
   fields.field("shard_group", shard_group, {.help = "with shard and method: lora, each group of so many ranks that follow each other shares a model of its own: those of one machine; 0: all ranks share one", .unit = "ranks", .low = 0, .high = 1e6});
   fields.field("connect_timeout", connect_timeout, {.help = "for all ranks to come together at the start", .unit = "seconds", .low = 1, .high = 1e6});
+  fields.field("context", context, {.help = "consecutive ranks that share each row, for rows that are too long for one: each has its part of the tokens, and keys and values go round", .low = 1, .high = 1024});
 }
 
 void TrainConfig::visit(FieldVisitor& fields) {
@@ -124,6 +125,12 @@ void check(const TrainConfig& config) {
   if (limits.max_steps == 0 && limits.max_epochs == 0 && limits.max_tokens == 0)
     problem("limits: none of max_steps, max_epochs, max_tokens is set, so the run would never end");
   if (config.data.mixture.empty()) problem("data.mixture: no token store to learn from");
+  if (const std::int64_t context = config.ranks.context, least = 2 * models::kChunkRound * context; context > 1) {
+    if (config.data.row_length * config.data.rows_per_batch < least)
+      problem("ranks.context: " + std::to_string(context) + " ranks cannot share the " + std::to_string(config.data.row_length * config.data.rows_per_batch) + " tokens of a micro-batch; data.row_length x data.rows_per_batch must be at least " +
+              std::to_string(least) + ", or ranks.context smaller");
+    if (config.lora.dora && config.method == "lora") problem("ranks.context: rows are shared by the fused blocks alone, which do not compute DoRA; use lora.dora: false or ranks.context: 1");
+  }
   std::set<std::string> names;
   for (const EvaluationItem& item : config.evaluation.stores)
     if (!names.insert(item.name).second) problem("evaluation.stores: two are called \"" + item.name + "\"");

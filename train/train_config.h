@@ -83,6 +83,7 @@ struct RanksConfig {
   double timeout = 600, connect_timeout = 300;  // seconds
   bool shard = false;
   std::int64_t shard_group = 0;  // ranks; 0: all
+  std::int64_t context = 1;                     // ranks that share each row
   void visit(FieldVisitor& fields);
 };
 

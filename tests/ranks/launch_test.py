@@ -60,6 +60,62 @@ class Launch(WithScene):
         for name in ("metrics.jsonl", "checkpoint-6/state.safetensors", "weights/model.safetensors"):
             self.assertEqual((self.scene.root / "full1" / name).read_bytes(), (self.scene.root / "full2" / name).read_bytes(), name)
 
+    def test_ranks_that_share_rows(self):
+        long = ("--set", "data.row_length=256", "--set", "schedule.learning_rate=1e-4", "--set", "neftune_alpha=5")
+        self.scene.train("row1", *long)
+        done = self.scene.train("row2", *long, "--set", "ranks.context=2", ranks=2)
+        self.assertIn("by 2 ranks, 2 to a row", done.stderr)
+        self.scene.train("row22", *long, "--set", "ranks.context=2", ranks=4)
+        self.scene.train("row4", *long, "--set", "ranks.context=4", ranks=4)
+        # Groups of the same number of ranks come to the same bytes, however many there are.
+        self.assertEqual(self.scene.fingerprint("row2"), self.scene.fingerprint("row22"))
+        for run in ("row2", "row4"):
+            self.assert_losses_are_near("row1", run)
+        # A run of two is gone on with by one, and one of one by two.
+        for run, before, after in (("two-one", ("2", 2), ("1", 1)), ("one-two", ("1", 1), ("2", 2))):
+            process = self.scene.start(run, *long, "--set", f"ranks.context={before[0]}", ranks=before[1])
+            wait_until(lambda run=run: self.scene.steps_done(run) >= 3)
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=60)
+            self.assertEqual(process.returncode, 75, err)
+            self.assertLess(self.scene.steps_done(run), 20)
+            done = self.scene.train(run, *long, "--set", f"ranks.context={after[0]}", "--resume", ranks=after[1])
+            self.assertIn("context: ", done.stderr)  # a warning: other bits
+            self.assert_losses_are_near("row1", run)
+
+    def assert_losses_are_near(self, expected, run):
+        one, other = self.losses(expected), self.losses(run)
+        for a, b in zip(one, other, strict=True):
+            self.assertAlmostEqual(a, b, delta=3e-6 * abs(a))
+        self.assertGreater(len(one), 10)
+
+    def test_a_dead_rank_of_a_shared_row_ends_all(self):
+        for victim in (0, 1):
+            process = self.scene.start(f"dead-row{victim}", "--set", "limits.max_steps=100000", "--set", "data.row_length=256", "--set", "ranks.context=2")
+            wait_until(lambda run=f"dead-row{victim}": self.scene.steps_done(run) >= 5)
+            pids = self.pids(process)
+            began = time.monotonic()
+            os.kill(pids[victim], signal.SIGKILL)
+            _, err = process.communicate(timeout=60)
+            self.assertLess(time.monotonic() - began, 10)
+            self.assertEqual(process.returncode, 7, err)
+            self.assertRegex(err, rf"\[rank {1 - victim}\] alambic: rank {victim} died in step \d+, [a-z ]+; this is rank {1 - victim}, in step \d+, [a-z ]+\n")
+            self.assertFalse(any(map(is_alive, pids.values())))
+
+    def test_ranks_that_cannot_share_rows(self):
+        for ranks, more, said in ((2, ("ranks.context=3", "data.row_length=512"), "ranks.context: 3 ranks are to share each row, but 2 ranks were started"),
+                                  (4, ("ranks.context=2", "data.batches_per_step=3"), "data.batches_per_step: 3 micro-batches cannot be shared evenly by 2 groups of 2 ranks (ranks.context)"),
+                                  (2, ("ranks.context=2", "data.row_length=32"), "ranks.context: 2 ranks cannot share the 64 tokens of a micro-batch"),
+                                  (2, ("ranks.context=2", "lora.dora=true"), "ranks.context: rows are shared by the fused blocks alone, which do not compute DoRA"),
+                                  (2, ("ranks.context=0",), "ranks.context")):
+            done = self.scene.train("unshared", *[word for each in more for word in ("--set", each)], ranks=ranks, check=2)
+            self.assertIn(said, done.stderr)
+        section = f"{{teachers: [{{model: {self.scene.root}/model, quantize: none}}]}}"
+        config = self.scene.config("unshared", distill=section)
+        done = subprocess.run([ALAMBIC, "launch", "-n", "2", "distill", str(config), "--set", "ranks.context=2"], env=environment(), capture_output=True, text=True, timeout=60)
+        self.assertEqual(done.returncode, 2, done.stderr)
+        self.assertIn("ranks.context: distill computes each row on one rank", done.stderr)
+
     def test_distillation(self):
         write_tiny_model(self.scene.root / "teacher", phase=0.5)
         cache = self.scene.root / "cache.yaml"
