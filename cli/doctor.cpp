@@ -22,6 +22,7 @@
 #include "data/hdf5.h"
 #include "data/tokenizer.h"
 #include "models/decoder.h"
+#include "parallel/nccl.h"
 
 namespace alambic::cli {
 namespace {
@@ -153,6 +154,9 @@ int run_doctor(const Arguments& arguments, const Terminal& terminal) {
       if (H5Zfilter_avail(filter) <= 0) missing.push_back(std::string("HDF5's filter ") + name + ", which token stores use");
   }
   if (!tokenizes()) missing.push_back("a working tokenizer: the self-test gave other ids");
+  const parallel::Gpus gpus = parallel::gpus();
+  report["gpus"] = gpus.seen;
+  if (gpus.seen.empty()) report["gpus_why_none"] = gpus.why_none;
   report["missing"] = missing;
   report["notes"] = notes;
 
@@ -169,6 +173,8 @@ int run_doctor(const Arguments& arguments, const Terminal& terminal) {
         << to_line(report["matrix_product_gflops"]["bf16"]) << " GFLOP/s)\n";
     out << "memory: " << gigabytes(available) << " of " << gigabytes(total) << " available" << (limit ? ", container limit " + gigabytes(limit) : "") << "\n";
     out << "disk: " << gigabytes(disk) << " free here\n";
+    out << "GPUs: " << (gpus.seen.empty() ? "none, " + gpus.why_none : std::to_string(gpus.seen.size())) << "\n";
+    for (const std::string& gpu : gpus.seen) out << "  " << gpu << "\n";
     for (const std::string& note : notes) out << "note: " << note << "\n";
     for (const std::string& each : missing) out << "missing: " << each << "\n";
     if (missing.empty()) out << "nothing is missing\n";

@@ -13,6 +13,7 @@
 
 #include "checkpoints/manifest.h"
 #include "core/json.h"
+#include "parallel/nccl.h"
 
 extern "C" std::uint64_t aoti_torch_abi_version();  // libtorch's only run-time statement of its version
 
@@ -43,7 +44,7 @@ std::string after(const std::string& text, const std::string& mark) {
 
 std::vector<Version> versions() {
   const std::uint64_t torch = aoti_torch_abi_version();  // a byte each: major, minor, patch
-  return {
+  std::vector<Version> all = {
       {"alambic", checkpoints::alambic_version(), ""},
       {"libtorch", dotted(torch >> 56, (torch >> 48) & 255, (torch >> 40) & 255), TORCH_VERSION},
       {"MKL", after(at::get_mkl_version(), "Version "), ""},
@@ -55,6 +56,8 @@ std::vector<Version> versions() {
       {"nlohmann-json", "", dotted(NLOHMANN_JSON_VERSION_MAJOR, NLOHMANN_JSON_VERSION_MINOR, NLOHMANN_JSON_VERSION_PATCH)},
       {"compiler", "", __VERSION__},
   };
+  if (const parallel::NcclVersion nccl = parallel::nccl_version(); !nccl.built.empty()) all.push_back({"NCCL", nccl.running, nccl.built});
+  return all;
 }
 
 std::string version_text() {

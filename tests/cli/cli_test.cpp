@@ -727,6 +727,7 @@ TEST_F(CommandLine, DoctorReportsTheMachine) {
   EXPECT_GT(report["matrix_product_gflops"]["f32"].get<double>(), 0);
   EXPECT_GT(report["memory"]["available"].get<std::uint64_t>(), 0u);
   EXPECT_TRUE(report["compute_type"] == "f32" || report["compute_type"] == "bf16");
+  EXPECT_EQ(report["gpus"].empty(), report.contains("gpus_why_none")) << outcome.out;  // which there are, or why none
   EXPECT_EQ(call({"doctor"}).code, outcome.code);
 }
 
