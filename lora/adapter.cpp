@@ -331,9 +331,10 @@ void attach_empty(models::Decoder& decoder, const LoraConfig& config, Unmatched 
   for (const PlannedAdapter& planned : plan.adapters) {
     const std::int64_t outputs = planned.linear->outputs(), inputs = planned.linear->inputs();
     models::Adapter adapter;
-    adapter.a_RI = at::zeros({planned.rank, inputs}, at::kFloat).requires_grad_(true);
-    adapter.b_OR = at::zeros({outputs, planned.rank}, at::kFloat).requires_grad_(true);
-    if (config.dora) adapter.magnitude_O = at::zeros({outputs}, at::kFloat).requires_grad_(true);
+    const at::TensorOptions beside_weight = at::TensorOptions(at::kFloat).device(planned.linear->device());
+    adapter.a_RI = at::zeros({planned.rank, inputs}, beside_weight).requires_grad_(true);
+    adapter.b_OR = at::zeros({outputs, planned.rank}, beside_weight).requires_grad_(true);
+    if (config.dora) adapter.magnitude_O = at::zeros({outputs}, beside_weight).requires_grad_(true);
     adapter.scale = scale_of(config, planned);
     adapter.dropout = config.dropout;
     adapter.id = id++;
@@ -342,7 +343,7 @@ void attach_empty(models::Decoder& decoder, const LoraConfig& config, Unmatched 
 
   for (const models::NamedTensor& tensor : plan.trained_whole) *tensor.tensor = trained_copy(*tensor.tensor);
   if (!plan.token_ids.empty()) {
-    const auto rows_of = [&](const at::Tensor& table_VD) { return trained_copy(table_VD.index_select(0, at::tensor(plan.token_ids, at::kLong))); };
+    const auto rows_of = [&](const at::Tensor& table_VD) { return trained_copy(table_VD.index_select(0, at::tensor(plan.token_ids, at::kLong).to(table_VD.device()))); };
     decoder.token_row_ids = plan.token_ids;
     decoder.token_rows_ND = rows_of(decoder.embedding_VD);
     if (decoder.head_tied) decoder.head.token_rows_ND = decoder.token_rows_ND;

@@ -3,6 +3,7 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/ops/diag.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/linalg_qr.h>
 #include <ATen/ops/linalg_svd.h>
 #include <ATen/ops/linalg_vector_norm.h>
@@ -100,21 +101,22 @@ void initialise(models::Decoder& decoder, const LoraConfig& config, std::uint64_
     const auto seed_for = [&](const std::string& purpose) {
       return restart == 0 ? derive_seed(seed, purpose + linear.path) : derive_seed(seed, purpose + linear.path, {static_cast<std::uint64_t>(restart)});
     };
+    // Drawn and decomposed by a processor, so that an adapter begins with the same bits wherever it trains.
     const auto uniform = [&](at::Tensor& tensor, std::int64_t fan_in, const std::string& purpose) {
       // Kaiming-uniform with a = sqrt(5): the bound is sqrt(2 / (1 + 5)) * sqrt(3 / fan_in) = 1 / sqrt(fan_in).
       const double bound = 1 / std::sqrt(static_cast<double>(fan_in));
-      tensor.uniform_(-bound, bound, generator_of(seed_for(purpose)));
+      tensor.copy_(at::empty(tensor.sizes(), at::kFloat).uniform_(-bound, bound, generator_of(seed_for(purpose))));
     };
     if (init.changes_base()) {
       const auto start_NR = [&] { return at::randn({std::min(linear.linear->outputs(), inputs), rank}, generator_of(seed_for("pissa ")), at::kFloat); };
-      const Factors factors = init.kind == InitKind::kOlora ? olora_factors(weight_OI(), rank)
-                              : init.iterations < 0         ? pissa_factors(weight_OI(), rank, adapter.scale)
-                                                            : pissa_factors(weight_OI(), start_NR(), adapter.scale, init.iterations);
+      const Factors factors = init.kind == InitKind::kOlora ? olora_factors(weight_OI().cpu(), rank)
+                              : init.iterations < 0         ? pissa_factors(weight_OI().cpu(), rank, adapter.scale)
+                                                            : pissa_factors(weight_OI().cpu(), start_NR(), adapter.scale, init.iterations);
       adapter.a_RI.copy_(factors.a_RI);
       adapter.b_OR.copy_(factors.b_OR);
       take_out_of_base(*linear.linear, factors);
     } else {
-      if (init.kind == InitKind::kGaussian) adapter.a_RI.normal_(0, 1 / static_cast<double>(rank), generator_of(seed_for("lora_A ")));
+      if (init.kind == InitKind::kGaussian) adapter.a_RI.copy_(at::empty(adapter.a_RI.sizes(), at::kFloat).normal_(0, 1 / static_cast<double>(rank), generator_of(seed_for("lora_A "))));
       else uniform(adapter.a_RI, inputs, "lora_A ");
       if (init.kind == InitKind::kRandom) uniform(adapter.b_OR, rank, "lora_B ");
       else adapter.b_OR.zero_();
@@ -140,8 +142,9 @@ void merge_and_restart(models::Decoder& decoder, const LoraConfig& config, std::
   initialise(decoder, config, seed, restart);
 }
 
-void take_out_of_base(models::Linear& linear, const Factors& factors) {
+void take_out_of_base(models::Linear& linear, const Factors& given) {
   const at::NoGradGuard no_gradients;
+  const Factors factors{.a_RI = given.a_RI.to(linear.device()), .b_OR = given.b_OR.to(linear.device())};
   models::Adapter& adapter = linear.adapter.value();
   // In place: other tensors may share the memory (models/fused_blocks.h).
   linear.weight_OI.copy_(residual_weight(linear.weight_OI, factors, adapter.scale));

@@ -69,8 +69,16 @@ Int8Weight::Int8Weight(Int8Parts parts) : parts_(std::move(parts)) {
     fail(ErrorKind::kBug, "the parts of an int8 weight do not fit each other");
 }
 
+void dequantize_int8_by_operators(const Int8Parts& parts, const at::Tensor& out_OI) {
+  const at::NoGradGuard constant;
+  // Two products, each rounded to f32, as in the loops.
+  out_OI.copy_(parts.codes_OI.to(at::kFloat).mul_(parts.scale_O.unsqueeze(1)).mul_(kOneOver127));
+}
+
 void Int8Weight::dense_into(const at::Tensor& out_OI) const {
   check_dense(*this, out_OI);
+  if (out_OI.device() != device()) fail(ErrorKind::kBug, "an int8 weight on ", device().str(), " cannot be made dense on ", out_OI.device().str());
+  if (!out_OI.is_cpu()) return dequantize_int8_by_operators(parts_, out_OI);
   const std::int8_t* const codes = parts_.codes_OI.const_data_ptr<std::int8_t>();
   const float* const scale = parts_.scale_O.const_data_ptr<float>();
   const std::int64_t columns = inputs();

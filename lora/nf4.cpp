@@ -192,6 +192,12 @@ std::uint64_t Nf4Weight::num_bytes() const {
   return bytes;
 }
 
+std::shared_ptr<const models::FrozenWeight> Nf4Weight::on(at::Device to) const {
+  Nf4Parts moved{.packed = parts_.packed.to(to), .absmax = parts_.absmax.to(to), .nested_absmax = {}, .nested_map = {}, .offset = parts_.offset};
+  if (parts_.nested_absmax.defined()) moved.nested_absmax = parts_.nested_absmax.to(to), moved.nested_map = parts_.nested_map.to(to);
+  return std::make_shared<Nf4Weight>(outputs_, inputs_, std::move(moved));
+}
+
 Nf4View Nf4Weight::view() const {
   const bool nested = parts_.nested_absmax.defined();
   return {.packed = parts_.packed.const_data_ptr<std::uint8_t>(),
@@ -212,6 +218,7 @@ void Nf4Weight::dense_into(const at::Tensor& out_OI) const {
     else dequantize_nf4_on_cuda(weight, layout, reinterpret_cast<std::uint16_t*>(out_OI.mutable_data_ptr<at::BFloat16>()));
     return;
   }
+  if (!out_OI.is_cpu()) fail(ErrorKind::kBug, "there is no kernel for NF4 on ", out_OI.device().str());
   static const Nf4Loop fastest = nf4_loops().back();
   const Nf4Loop loop = fastest;
   const bool nested = weight.codes != nullptr;

@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "lora/nf4_math.h"
@@ -41,6 +42,8 @@ class Nf4Weight final : public models::FrozenWeight {
   std::int64_t inputs() const override { return inputs_; }
   std::string_view format() const override { return "nf4"; }
   std::uint64_t num_bytes() const override;
+  at::Device device() const override { return parts_.packed.device(); }
+  std::shared_ptr<const models::FrozenWeight> on(at::Device to) const override;
   void dense_into(const at::Tensor& out_OI) const override;
   const Nf4Parts& parts() const { return parts_; }
   Nf4View view() const;

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <memory>
 
 #include "models/frozen_weight.h"
 
@@ -17,6 +18,8 @@ class StoredWeight final : public models::FrozenWeight {
   std::int64_t inputs() const override { return weight_OI_.size(1); }
   std::string_view format() const override { return weight_OI_.scalar_type() == at::kHalf ? "f16" : "bf16"; }
   std::uint64_t num_bytes() const override { return weight_OI_.nbytes(); }
+  at::Device device() const override { return weight_OI_.device(); }
+  std::shared_ptr<const models::FrozenWeight> on(at::Device to) const override { return std::make_shared<StoredWeight>(weight_OI_.to(to)); }
   void dense_into(const at::Tensor& out_OI) const override;
 
  private:

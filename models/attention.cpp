@@ -13,10 +13,10 @@ namespace alambic::models {
 namespace {
 
 // Additive [length, length]: 0 where query i sees key j, -infinity elsewhere.
-at::Tensor causal_mask(std::int64_t length, std::int64_t window, at::ScalarType type) {
-  const at::Tensor distance = at::arange(length).unsqueeze(1) - at::arange(length).unsqueeze(0);
+at::Tensor causal_mask(std::int64_t length, std::int64_t window, const at::TensorOptions& like) {
+  const at::Tensor place = at::arange(length, like.dtype(at::kLong)), distance = place.unsqueeze(1) - place.unsqueeze(0);
   const at::Tensor hidden = (distance < 0).logical_or(distance >= window);
-  return at::zeros({length, length}, type).masked_fill_(hidden, -std::numeric_limits<double>::infinity());
+  return at::zeros({length, length}, like).masked_fill_(hidden, -std::numeric_limits<double>::infinity());
 }
 
 }  // namespace
@@ -41,7 +41,7 @@ at::Tensor Documents::attend(const at::Tensor& q_THS, const at::Tensor& k_TKS, c
     std::optional<at::Tensor> mask;
     if (window > 0 && group.length > window) {
       at::Tensor& made = masks_[{group.length, window}];
-      if (!made.defined()) made = causal_mask(group.length, window, q_THS.scalar_type());
+      if (!made.defined()) made = causal_mask(group.length, window, q_THS.options());
       mask = made;
     }
     const at::Tensor y = at::scaled_dot_product_attention(cut(q_THS), cut(k_TKS), cut(v_TKS), mask, 0, !mask, scale, grouped);

@@ -165,7 +165,8 @@ Decoder make_decoder(const ModelConfig& config) {
 
 at::Tensor Decoder::hidden_TD(const Input& input) const {
   check_input(input);
-  at::Tensor h_TD = embedded_TD(embedding_VD, token_rows_ND, token_row_ids, input.tokens_T, config.pad_id);
+  const at::Device device = embedding_VD.device();
+  at::Tensor h_TD = embedded_TD(embedding_VD, token_rows_ND, token_row_ids, input.tokens_T.to(device), config.pad_id);
   if (config.family->scale_embedding) {
     // Gemma multiplies in the embedding's type; in bf16 sqrt(hidden size) is rounded with it.
     const double scale = std::sqrt(static_cast<double>(config.hidden_size));
@@ -176,8 +177,8 @@ at::Tensor Decoder::hidden_TD(const Input& input) const {
   if (fused && input.cache == nullptr && input.observer == nullptr) return fused_hidden_TD(*this, input, h_TD);
 
   const double offset = config.family->norm_weight_offset, epsilon = config.norm_epsilon;
-  Pass pass{input, Documents(input.document_lengths), rotary_table(config.rope, input.positions_T, input.document_lengths), {}, compute_type()};
-  if (config.family->local_rope_theta != 0) pass.local_rope = rotary_table(config.local_rope, input.positions_T, input.document_lengths);
+  Pass pass{input, Documents(input.document_lengths), rotary_table(config.rope, input.positions_T, input.document_lengths, device), {}, compute_type()};
+  if (config.family->local_rope_theta != 0) pass.local_rope = rotary_table(config.local_rope, input.positions_T, input.document_lengths, device);
   if (input.cache != nullptr) pass.cached.emplace(*input.cache, input.cache_rows, input.document_lengths);
   for (std::size_t layer = 0; layer < blocks.size(); ++layer) {
     const Block& block = blocks[layer];

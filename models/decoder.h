@@ -46,7 +46,7 @@ using Observer = std::function<void(Place place, std::size_t layer, const at::Te
 
 /// What a forward pass reads besides the weights.
 struct Input {
-  at::Tensor tokens_T;     // i64
+  at::Tensor tokens_T;     // i64; this and the next in a processor's memory, wherever the decoder is
   at::Tensor positions_T;  // i64
   std::vector<std::int64_t> document_lengths;  // attention stays inside a document; their sum is T
   std::uint64_t dropout_seed = 0;              // 0 = evaluating

@@ -157,7 +157,8 @@ std::vector<Continuation> generate_many(const Decoder& decoder, const std::vecto
     for (const std::vector<std::int64_t>& rows : {whole, single}) {
       if (rows.empty()) continue;
       const Newest pass = newest(going, rows, cache);
-      const at::Tensor logits_BV = decoder.logits_TV(decoder.hidden_TD(pass.input).index_select(0, pass.last_B));
+      const at::Tensor hidden_TD = decoder.hidden_TD(pass.input);
+      const at::Tensor logits_BV = decoder.logits_TV(hidden_TD.index_select(0, pass.last_B.to(hidden_TD.device()))).cpu();
       at::Tensor total_B;
       if (log_probabilities) total_B = at::logsumexp(logits_BV, {1});
       for (std::size_t i = 0; i < rows.size(); ++i) {
@@ -202,8 +203,8 @@ std::vector<double> score(const Decoder& decoder, const std::vector<std::int64_t
   for (std::int64_t first = 0; first < rows; first += kScoreRows) {
     const std::int64_t count = std::min(kScoreRows, rows - first);
     const at::Tensor logits_RV = decoder.logits_TV(hidden_TD.narrow(0, first, count));
-    const at::Tensor chosen_R = logits_RV.gather(1, input.tokens_T.narrow(0, first + 1, count).unsqueeze(1)).squeeze(1);
-    const at::Tensor log_R = (chosen_R - at::logsumexp(logits_RV, {1})).to(at::kDouble);
+    const at::Tensor chosen_R = logits_RV.gather(1, input.tokens_T.narrow(0, first + 1, count).unsqueeze(1).to(logits_RV.device())).squeeze(1);
+    const at::Tensor log_R = (chosen_R - at::logsumexp(logits_RV, {1})).to(at::kDouble).cpu();
     for (std::int64_t row = 0; row < count; ++row) log_probabilities.push_back(log_R[row].item<double>());
   }
   return log_probabilities;

@@ -16,7 +16,7 @@ namespace alambic::models {
 
 KeyValueCache::KeyValueCache(const Decoder& decoder, std::int64_t num_documents, std::int64_t capacity) : lengths_B(static_cast<std::size_t>(num_documents), 0) {
   for (std::size_t layer = 0; layer < decoder.blocks.size(); ++layer)
-    for (auto* list : {&keys_BKCS, &values_BKCS}) list->push_back(at::zeros({num_documents, decoder.config.num_kv_heads, capacity, decoder.config.head_size}, decoder.compute_type()));
+    for (auto* list : {&keys_BKCS, &values_BKCS}) list->push_back(at::zeros({num_documents, decoder.config.num_kv_heads, capacity, decoder.config.head_size}, at::TensorOptions(decoder.compute_type()).device(decoder.embedding_VD.device())));
 }
 
 void KeyValueCache::make_room(std::int64_t tokens) {
@@ -31,7 +31,7 @@ void KeyValueCache::make_room(std::int64_t tokens) {
 }
 
 void KeyValueCache::keep_only(const std::vector<std::int64_t>& rows) {
-  const at::Tensor index = at::tensor(rows, at::kLong);
+  const at::Tensor index = at::tensor(rows, at::kLong).to(keys_BKCS[0].device());
   for (auto* list : {&keys_BKCS, &values_BKCS})
     for (at::Tensor& cache : *list) cache = cache.index_select(0, index);
   std::vector<std::int64_t> lengths;
@@ -40,7 +40,7 @@ void KeyValueCache::keep_only(const std::vector<std::int64_t>& rows) {
 }
 
 CachedPass::CachedPass(KeyValueCache& cache, const std::vector<std::int64_t>& rows_N, const std::vector<std::int64_t>& new_lengths_N)
-    : cache_(cache), rows_(rows_N), new_lengths_(new_lengths_N), rows_N_(at::tensor(rows_N, at::kLong)) {
+    : cache_(cache), rows_(rows_N), new_lengths_(new_lengths_N), rows_N_(at::tensor(rows_N, at::kLong).to(cache.keys_BKCS[0].device())) {
   if (rows_.size() != new_lengths_.size()) fail(ErrorKind::kBug, rows_.size(), " documents of a key-value cache with ", new_lengths_.size(), " documents of a pass");
   std::vector<std::int64_t> places;
   bool more = false;
@@ -57,7 +57,7 @@ CachedPass::CachedPass(KeyValueCache& cache, const std::vector<std::int64_t>& ro
   }
   if (first_ && more) fail(ErrorKind::kBug, "a pass over documents of which some are new to the key-value cache");
   if (longest_ > cache.capacity()) fail(ErrorKind::kBug, "the key-value cache holds ", cache.capacity(), " tokens, ", longest_, " are needed");
-  places_N_ = at::tensor(places, at::kLong);
+  places_N_ = at::tensor(places, at::kLong).to(rows_N_.device());
 }
 
 at::Tensor CachedPass::attend(std::size_t layer, const at::Tensor& q_THS, const at::Tensor& k_TKS, const at::Tensor& v_TKS, Documents& documents, double scale, std::int64_t window) {
@@ -90,10 +90,10 @@ at::Tensor CachedPass::attend_to_one_more(at::Tensor& keys_BKCS, at::Tensor& val
   if (!alike_) {
     at::Tensor& made = masks_[window];
     if (!made.defined()) {
-      const at::Tensor distance = places_N_.unsqueeze(1) - at::arange(longest_).unsqueeze(0);
+      const at::Tensor distance = places_N_.unsqueeze(1) - at::arange(longest_, places_N_.options()).unsqueeze(0);
       at::Tensor hidden = distance < 0;
       if (window > 0) hidden = hidden.logical_or(distance >= window);
-      made = at::zeros({N, longest_}, q_NHS.scalar_type()).masked_fill_(hidden, -std::numeric_limits<double>::infinity()).view({N, 1, 1, longest_});
+      made = at::zeros({N, longest_}, q_NHS.options()).masked_fill_(hidden, -std::numeric_limits<double>::infinity()).view({N, 1, 1, longest_});
     }
     mask = made;
   }

@@ -15,6 +15,7 @@
 
 #include "core/error.h"
 #include "core/random.h"
+#include "models/device.h"
 #include "models/product.h"
 #include "models/token_rows.h"
 
@@ -165,6 +166,7 @@ struct AdaptedLinear : torch::autograd::Function<AdaptedLinear> {
 
 at::Tensor with_dropout(const at::Tensor& x_TI, double probability, std::uint64_t seed) {
   if (!(probability >= 0 && probability < 1)) fail(ErrorKind::kUsage, "dropout must be at least 0 and below 1, got ", probability);
+  if (!x_TI.is_cpu()) return dropout_by_operators(x_TI, probability, seed);
   const at::Tensor from_TI = x_TI.detach().contiguous();
   at::Tensor to_TI = at::empty_like(from_TI);
   const auto threshold = static_cast<std::uint32_t>(std::lround(probability * 65536));
@@ -176,6 +178,12 @@ at::Tensor with_dropout(const at::Tensor& x_TI, double probability, std::uint64_
   return to_TI;
 }
 
+at::Tensor dropout_by_operators(const at::Tensor& x_TI, double probability, std::uint64_t seed) {
+  const at::NoGradGuard no_grad;
+  const at::Tensor kept_TI = at::empty_like(x_TI.detach(), at::MemoryFormat::Contiguous).bernoulli_(1 - probability, generator_on(x_TI.device(), seed));
+  return kept_TI.mul_(x_TI).mul_(1 / (1 - probability));  // 0 or x first, so that only the last product is rounded
+}
+
 at::Tensor adapted_row_norms(const at::Tensor& weight_OI, const Adapter& adapter) {
   const at::NoGradGuard constant;
   return at::norm(at::addmm(weight_OI.to(at::kFloat), adapter.b_OR, adapter.a_RI, 1, adapter.scale), 2, {1});
@@ -184,9 +192,9 @@ at::Tensor adapted_row_norms(const at::Tensor& weight_OI, const Adapter& adapter
 at::Tensor dense_in_buffer(const FrozenWeight& weight, at::ScalarType type) {
   thread_local at::Tensor buffer;  // of bytes
   const std::int64_t size = weight.outputs() * weight.inputs(), num_bytes = size * static_cast<std::int64_t>(c10::elementSize(type));
-  if (!buffer.defined() || buffer.numel() < num_bytes) {
+  if (!buffer.defined() || buffer.numel() < num_bytes || buffer.device() != weight.device()) {
     buffer = at::Tensor();  // before the larger one is there
-    buffer = at::empty({num_bytes}, at::kByte);
+    buffer = at::empty({num_bytes}, at::TensorOptions(at::kByte).device(weight.device()));
   }
   const at::Tensor dense_OI = buffer.narrow(0, 0, num_bytes).view(type).view({weight.outputs(), weight.inputs()});
   weight.dense_into(dense_OI);
@@ -197,9 +205,11 @@ std::int64_t Linear::outputs() const { return quantized ? quantized->outputs() :
 std::int64_t Linear::inputs() const { return quantized ? quantized->inputs() : weight_OI.size(1); }
 at::ScalarType Linear::compute_type() const { return quantized ? quantized_compute : weight_OI.scalar_type(); }
 
+at::Device Linear::device() const { return quantized ? quantized->device() : weight_OI.device(); }
+
 at::Tensor Linear::dense_OI(at::ScalarType type) const {
   if (!quantized) return weight_OI.to(type);
-  const at::Tensor made_OI = at::empty({outputs(), inputs()}, type);
+  const at::Tensor made_OI = at::empty({outputs(), inputs()}, at::TensorOptions(type).device(device()));
   quantized->dense_into(made_OI);
   return made_OI;
 }

@@ -51,6 +51,7 @@ struct Linear {
   std::int64_t outputs() const;
   std::int64_t inputs() const;
   at::ScalarType compute_type() const;
+  at::Device device() const;
   /// W in f32 or bf16: weight_OI itself where it has that type, else a tensor of its own.
   at::Tensor dense_OI(at::ScalarType type) const;
 };
@@ -63,7 +64,11 @@ at::Tensor dense_in_buffer(const FrozenWeight& weight, at::ScalarType type);
 at::Tensor adapted_row_norms(const at::Tensor& weight_OI, const Adapter& adapter);
 
 /// x with each element zeroed with the given probability and the others divided by 1 - probability. Element i (row by row)
-/// is zeroed when the i % 4-th 16-bit part of mix64(seed + i / 4), lowest first, is below probability * 65536.
+/// is zeroed when the i % 4-th 16-bit part of mix64(seed + i / 4), lowest first, is below probability * 65536. Elsewhere than in a
+/// processor's memory that is dropout_by_operators().
 at::Tensor with_dropout(const at::Tensor& x_TI, double probability, std::uint64_t seed);
+
+/// The same of the device's own numbers (models/device.h): the mask is a function of seed and shape, but not that of a processor.
+at::Tensor dropout_by_operators(const at::Tensor& x_TI, double probability, std::uint64_t seed);
 
 }  // namespace alambic::models

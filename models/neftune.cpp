@@ -2,6 +2,8 @@
 #include "models/neftune.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <cmath>
@@ -9,6 +11,7 @@
 #include "core/error.h"
 #include "core/random.h"
 #include "core/vector_loops.h"
+#include "models/device.h"
 #include "models/shared_row.h"
 
 namespace alambic::models {
@@ -32,6 +35,7 @@ struct AddNoise {
 
 void add_neftune_noise_in_place(at::Tensor& h_TD, const std::vector<std::int64_t>& document_lengths, double alpha, std::uint64_t seed, const SharedRow* shared) {
   if (alpha == 0 || seed == 0) return;
+  if (!h_TD.is_cpu()) return add_neftune_noise_by_operators(h_TD, document_lengths, alpha, seed);
   if (h_TD.scalar_type() != at::kFloat || !h_TD.is_contiguous()) fail(ErrorKind::kBug, "noise on embeddings of type ", toString(h_TD.scalar_type()));
   const std::int64_t width = h_TD.size(1);
   const std::uint64_t own_seed = derive_seed(seed, "neftune");
@@ -57,6 +61,18 @@ void add_neftune_noise_in_place(at::Tensor& h_TD, const std::vector<std::int64_t
     }
     begin += length;
   }
+}
+
+void add_neftune_noise_by_operators(at::Tensor& h_TD, const std::vector<std::int64_t>& document_lengths, double alpha, std::uint64_t seed) {
+  const at::NoGradGuard constant;
+  const at::Tensor scale_T1 = at::empty({h_TD.size(0), 1}, at::kFloat);
+  std::int64_t begin = 0;
+  for (const std::int64_t length : document_lengths) {
+    scale_T1.narrow(0, begin, length).fill_(alpha / std::sqrt(static_cast<double>(length) * static_cast<double>(h_TD.size(1))));
+    begin += length;
+  }
+  const at::Tensor noise_TD = at::empty_like(h_TD.detach(), at::MemoryFormat::Contiguous).uniform_(-1, 1, generator_on(h_TD.device(), derive_seed(seed, "neftune")));
+  h_TD.detach().add_(noise_TD.mul_(scale_T1.to(h_TD.device())));
 }
 
 }  // namespace alambic::models

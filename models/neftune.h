@@ -19,4 +19,7 @@ class SharedRow;
 /// h_TD  f32, contiguous; changed in place, also where autograd watches (noise is a constant, so gradients pass through).
 void add_neftune_noise_in_place(at::Tensor& h_TD, const std::vector<std::int64_t>& document_lengths, double alpha, std::uint64_t seed, const SharedRow* shared = nullptr);
 
+/// What it does elsewhere than in a processor's memory: the device's own numbers (models/device.h), a function of seed and shape.
+void add_neftune_noise_by_operators(at::Tensor& h_TD, const std::vector<std::int64_t>& document_lengths, double alpha, std::uint64_t seed);
+
 }  // namespace alambic::models

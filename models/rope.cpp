@@ -9,10 +9,10 @@
 
 namespace alambic::models {
 
-RotaryTable rotary_table(const Rope& rope, const at::Tensor& positions_T, const std::vector<std::int64_t>& document_lengths) {
+RotaryTable rotary_table(const Rope& rope, const at::Tensor& positions_T, const std::vector<std::int64_t>& document_lengths, at::Device device) {
   const at::NoGradGuard constant;
-  const auto row = [](const std::vector<double>& frequency) { return at::tensor(frequency, at::kDouble).to(at::kFloat).unsqueeze(0); };
-  const at::Tensor positions_T1 = positions_T.to(at::kFloat).unsqueeze(1);
+  const auto row = [device](const std::vector<double>& frequency) { return at::tensor(frequency, at::kDouble).to(at::kFloat).unsqueeze(0).to(device); };
+  const at::Tensor positions_T1 = positions_T.to(at::kFloat).unsqueeze(1).to(device);
   at::Tensor angle_TF = positions_T1 * row(rope.inverse_frequency);
   if (rope.long_from > 0) {
     std::int64_t first = 0;

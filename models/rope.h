@@ -17,7 +17,8 @@ struct RotaryTable {
 };
 
 /// positions_T: i64. document_lengths: how the tokens are cut into documents, which LongRoPE tells apart by their length.
-RotaryTable rotary_table(const Rope& rope, const at::Tensor& positions_T, const std::vector<std::int64_t>& document_lengths);
+/// positions_T are in a processor's memory, the table is where it is wanted.
+RotaryTable rotary_table(const Rope& rope, const at::Tensor& positions_T, const std::vector<std::int64_t>& document_lengths, at::Device device = at::kCPU);
 
 /// x_THS rotated in f32, returned in its own type. The part of a head beyond 2 F passes unchanged.
 at::Tensor rotate(const at::Tensor& x_THS, const RotaryTable& table);

@@ -56,8 +56,9 @@ at::Tensor looked_up(const at::Tensor& table_VD, const at::Tensor& tokens_T, std
 at::Tensor embedded_TD(const at::Tensor& table_VD, const at::Tensor& rows_ND, const std::vector<std::int64_t>& ids, const at::Tensor& tokens_T, std::int64_t pad_id) {
   const at::Tensor base_TD = looked_up(table_VD, tokens_T, pad_id).to(at::kFloat);
   if (!rows_ND.defined()) return base_TD;
-  const at::Tensor slot_V = at::full({table_VD.size(0)}, -1, at::kLong);
-  slot_V.index_copy_(0, at::tensor(ids, at::kLong), at::arange(static_cast<std::int64_t>(ids.size()), at::kLong));
+  const at::TensorOptions whole = table_VD.options().dtype(at::kLong);
+  const at::Tensor slot_V = at::full({table_VD.size(0)}, -1, whole);
+  slot_V.index_copy_(0, at::tensor(ids, at::kLong).to(whole), at::arange(static_cast<std::int64_t>(ids.size()), whole));
   const at::Tensor slot_T = slot_V.index_select(0, tokens_T);
   const auto pad = std::find(ids.begin(), ids.end(), pad_id);
   const std::int64_t pad_slot = pad == ids.end() ? -1 : pad - ids.begin();
@@ -67,7 +68,7 @@ at::Tensor embedded_TD(const at::Tensor& table_VD, const at::Tensor& rows_ND, co
 
 at::Tensor with_token_columns(const at::Tensor& y_TV, const at::Tensor& x_TD, const at::Tensor& rows_ND, const std::vector<std::int64_t>& ids, const at::Tensor& bias_V) {
   const at::ScalarType type = y_TV.scalar_type();
-  const at::Tensor index_N = at::tensor(ids, at::kLong);
+  const at::Tensor index_N = at::tensor(ids, at::kLong).to(y_TV.device());
   at::Tensor columns_TN = at::linear(x_TD.to(type), rows_ND.to(type));
   if (bias_V.defined()) columns_TN = columns_TN + bias_V.index_select(0, index_N).to(type);
   return y_TV.index_copy(1, index_N, columns_TN);
@@ -75,7 +76,7 @@ at::Tensor with_token_columns(const at::Tensor& y_TV, const at::Tensor& x_TD, co
 
 at::Tensor with_token_rows(const at::Tensor& table_VD, const at::Tensor& rows_ND, const std::vector<std::int64_t>& ids) {
   const at::NoGradGuard no_gradients;
-  return table_VD.to(at::kFloat).index_copy(0, at::tensor(ids, at::kLong), rows_ND);
+  return table_VD.to(at::kFloat).index_copy(0, at::tensor(ids, at::kLong).to(table_VD.device()), rows_ND);
 }
 
 }  // namespace alambic::models
