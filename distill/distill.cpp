@@ -14,6 +14,7 @@
 #include "core/error.h"
 #include "distill/imitation.h"
 #include "distill/match.h"
+#include "train/device.h"
 #include "train/plan.h"
 #include "train/recipe.h"
 
@@ -204,12 +205,16 @@ void check(const DistillConfig& config) {
 
 train::TrainReport distill(const DistillConfig& config, bool resume, const std::function<bool()>& stop_requested) {
   check(config);
-  return train::run_recipe(config.train, resume, stop_requested, recipe_of(config));
+  DistillConfig own = config;
+  own.train = train::on_processor(config.train, "distill");
+  return train::run_recipe(own.train, resume, stop_requested, recipe_of(own));
 }
 
 Json plan(const DistillConfig& config, bool probe) {
   check(config);
-  Json result = train::plan(config.train, probe, recipe_of(config));
+  DistillConfig own_config = config;
+  own_config.train = train::on_processor(config.train, "distill");
+  Json result = train::plan(own_config.train, probe, recipe_of(own_config));
   if (const OnPolicyConfig& own = config.distill.on_policy; own.lambda > 0 && own.lambda < 1 && !result["time"].is_null())
     result["warnings"].push_back(std::string("time: measured on a micro-batch ") + (is_on_policy(own, train::kProbeSeed) ? "that the student writes" : "of the corpus") +
                                  "; distill.on_policy.lambda of them are written by the student, which takes another time");

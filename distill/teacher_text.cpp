@@ -26,6 +26,7 @@
 #include "data/tokenizer.h"
 #include "distill/distill.h"
 #include "models/generate.h"
+#include "train/device.h"
 #include "train/run_folder.h"
 
 namespace alambic::distill {
@@ -185,9 +186,11 @@ double repetition(const std::vector<std::int64_t>& ids) {
   return 1 - static_cast<double>(seen.size()) / static_cast<double>(runs);
 }
 
-Json write_teacher_text(const DistillConfig& config, const std::function<bool()>& stop_requested) {
+Json write_teacher_text(const DistillConfig& given, const std::function<bool()>& stop_requested) {
   const at::NoGradGuard constant;
-  check_text(config);
+  check_text(given);
+  DistillConfig config = given;
+  config.train = train::on_processor(given.train, "distill --generate");
   train::use_threads(config.train);
   const TeacherTextConfig& text = config.generate;
   const TeacherConfig& teacher = config.distill.teachers[0];

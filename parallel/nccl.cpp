@@ -99,6 +99,7 @@ Gpus gpus() {
     if (const cudaError_t code = cudaGetDeviceProperties(&properties, device); code != cudaSuccess) text << "GPU " << device << ": " << cudaGetErrorString(code);
     else text << properties.name << ", sm_" << properties.major << properties.minor << ", " << std::fixed << static_cast<double>(properties.totalGlobalMem) / 1e9 << " GB";
     found.seen.push_back(text.str());
+    found.memory.push_back(properties.totalGlobalMem);
   }
   if (count == 0 && found.why_none.empty()) found.why_none = "CUDA sees no device";
   return found;

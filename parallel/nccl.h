@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 // What this build and this machine have for ranks on GPUs: nccl.cpp in a build with CUDA, no_nccl.cpp in others.
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
@@ -20,7 +21,8 @@ NcclVersion nccl_version();
 
 struct Gpus {
   std::vector<std::string> seen;  // by CUDA: "NVIDIA H100 80GB HBM3, sm_90, 85.0 GB"
-  std::string why_none;           // where it sees none
+  std::vector<std::uint64_t> memory = {};  // of each, in bytes
+  std::string why_none = {};      // where it sees none
 };
 Gpus gpus();
 

@@ -83,7 +83,7 @@ Adafactor::Adafactor(std::vector<Trained> given, const OptimizerConfig& config) 
     const at::Tensor value = one.tensor.detach();
     if (value.dim() > 2) fail(ErrorKind::kBug, one.name, ": a trained tensor of ", value.dim(), " dimensions");
     Moments moments;
-    if (value.dim() == 2) moments = {at::zeros({value.size(0)}, at::kFloat), at::zeros({value.size(1)}, at::kFloat), {}};
+    if (value.dim() == 2) moments = {at::zeros({value.size(0)}, value.options()), at::zeros({value.size(1)}, value.options()), {}};
     else moments.square = at::zeros_like(value);
     moments_.push_back(std::move(moments));
   }
@@ -98,7 +98,8 @@ void Adafactor::update(double learning_rate, std::int64_t step) {
       const double norm = at::linalg_vector_norm(one.tensor.detach()).item<double>();
       rate *= std::max(kSmallestScale, norm / std::sqrt(static_cast<double>(one.tensor.numel())));
     }
-    if (moments_[i].square.defined()) update_vector(one, moments_[i], rate, new_share);
+    if (!one.tensor.is_cpu()) update_by_operators(one, moments_[i], rate, new_share);
+    else if (moments_[i].square.defined()) update_vector(one, moments_[i], rate, new_share);
     else update_matrix(one, moments_[i], rate, new_share);
   }
 }
@@ -163,6 +164,25 @@ void Adafactor::update_vector(const Trained& one, const Moments& moments, double
   const double norm = at::linalg_vector_norm(update).item<double>();
   const double clipped = std::max(1.0, root_mean_square(norm * norm, update.numel()) / kClipThreshold);
   one.tensor.detach().mul_(1 - one.weight_decay * rate).sub_(update, rate / clipped);
+}
+
+void Adafactor::update_by_operators(const Trained& one, const Moments& moments, double rate, double new_share) {
+  const at::NoGradGuard no_grad;
+  const at::Tensor& gradient = one.tensor.grad();
+  at::Tensor update;
+  if (moments.square.defined()) {
+    moments.square.mul_(1 - new_share).add_(gradient * gradient + kAddedToSquares, new_share);
+    update = moments.square.rsqrt().mul_(gradient);
+  } else {
+    const at::Tensor square_RC = gradient * gradient;
+    const auto move = [&](const at::Tensor& mean, std::int64_t along) { mean.copy_((1 - new_share) * mean.to(at::kDouble) + new_share * (square_RC.mean({along}, false, at::kDouble) + kAddedToSquares)); };
+    move(moments.row_R, 1), move(moments.column_C, 0);
+    const at::Tensor row_R = moments.row_R.to(at::kDouble), row_factor_R = (row_R / row_R.mean()).rsqrt().to(at::kFloat), column_factor_C = moments.column_C.to(at::kDouble).rsqrt().to(at::kFloat);
+    update = (row_factor_R.unsqueeze(1) * column_factor_C).mul_(gradient);
+  }
+  // Numbers that follow from the update stay on the device: to look at them would wait for it.
+  const at::Tensor clipped = (at::linalg_vector_norm(update, 2, std::nullopt, false, at::kDouble) / (std::sqrt(static_cast<double>(update.numel())) * kClipThreshold)).clamp_min(1.0);
+  one.tensor.detach().mul_(1 - one.weight_decay * rate).sub_(update.mul_((rate / clipped).to(at::kFloat)));
 }
 
 NamedState Adafactor::moments() const {

@@ -13,10 +13,13 @@ class Adafactor final : public Optimizer {
   void update(double learning_rate, std::int64_t step) override;
   NamedState moments() const override;  // "row.<name>" and "column.<name>" of matrices, "square.<name>" of vectors
 
- private:
   struct Moments {
-    at::Tensor row_R, column_C, square;
+    at::Tensor row_R, column_C, square;  // f32; of a matrix the first two, else the third
   };
+  /// The update of one tensor elsewhere than in a processor's memory, where everything given is. new_share: of the new squares in the moments.
+  static void update_by_operators(const Trained& one, const Moments& moments, double rate, double new_share);
+
+ private:
   void update_matrix(const Trained& one, const Moments& moments, double rate, double new_share) const;
   void update_vector(const Trained& one, const Moments& moments, double rate, double new_share) const;
   std::vector<Moments> moments_;

@@ -21,7 +21,7 @@ AdamW::AdamW(std::vector<Trained> given, const OptimizerConfig& config) : Optimi
 }
 
 void AdamW::update(double learning_rate, std::int64_t step) {
-  const at::Tensor number = at::scalar_tensor(static_cast<double>(step), at::kFloat);
+  const at::Tensor number = at::scalar_tensor(static_cast<double>(step), trained().front().tensor.options().requires_grad(false));
   for (const Group& group : groups_) {
     std::vector<at::Tensor> gradients;
     for (const at::Tensor& parameter : group.parameters) gradients.push_back(parameter.grad());

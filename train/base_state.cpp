@@ -47,7 +47,7 @@ void restore_base(models::Decoder& decoder, const lora::LoraConfig& config, cons
     at::Tensor tensor;
     if (found == given.end()) problems += " missing " + name + ";";
     else if (found->second.sizes() != like.sizes() || found->second.scalar_type() != at::kFloat) problems += " another shape or type of " + name + ";";
-    else tensor = found->second;
+    else tensor = found->second.to(like.device());
     given.erase(name);
     return tensor;
   };

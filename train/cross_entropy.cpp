@@ -4,8 +4,10 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/logsumexp.h>
 #include <ATen/ops/nonzero.h>
 #include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/softmax.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -42,7 +44,7 @@ Rows kept_rows(const at::Tensor& hidden_TD, const models::Linear& head, const at
   if (targets_K.numel() > 0 && (targets_K.min().item<std::int64_t>() < 0 || targets_K.max().item<std::int64_t>() >= vocabulary))
     fail(ErrorKind::kData, "a token to predict has id ", targets_K.max().item<std::int64_t>(), ", outside the model's ", vocabulary, " tokens",
          Remedy{"prepare the data with the tokenizer of this model"});
-  return {index_K, targets_K};
+  return {index_K.to(hidden_TD.device()), targets_K.to(hidden_TD.device())};
 }
 
 // Rows of logits one at a time through f on all threads.
@@ -81,7 +83,7 @@ std::vector<double> tiled_nats(const at::Tensor& hidden_TD, const models::Linear
 void add_gradient_of_head(at::Tensor& sum_VD, const at::Tensor& d_KV, const at::Tensor& h_KD) {
   constexpr std::int64_t kRows = 4096;
   const bool is_first = !sum_VD.defined();
-  if (is_first) sum_VD = at::empty({d_KV.size(1), h_KD.size(1)}, at::kFloat);
+  if (is_first) sum_VD = at::empty({d_KV.size(1), h_KD.size(1)}, d_KV.options().dtype(at::kFloat));
   for (std::int64_t begin = 0; begin < d_KV.size(1); begin += kRows) {
     const std::int64_t count = std::min(kRows, d_KV.size(1) - begin);
     const at::Tensor part = models::product(d_KV.narrow(1, begin, count).t(), h_KD);
@@ -104,10 +106,19 @@ constexpr std::int64_t kRowRound = 32;
 std::int64_t num_rows_in_chunk(std::int64_t vocabulary_size) { return std::clamp<std::int64_t>((16 << 20) / vocabulary_size / kRowRound * kRowRound, kRowRound, 512); }
 
 std::uint64_t head_bytes(const models::Linear& head, std::int64_t rows) {
-  const std::int64_t vocabulary = head.weight_OI.size(0), copies = head.adapter || head.token_rows_ND.defined() ? 2 : 1;
+  // By operators, the loss makes two of f32 besides.
+  const std::int64_t vocabulary = head.weight_OI.size(0), copies = (head.adapter || head.token_rows_ND.defined() ? 2 : 1) + (head.weight_OI.is_cpu() ? 0 : head.weight_OI.scalar_type() == at::kFloat ? 1 : 4);
   if (takes_tiles(head)) return static_cast<std::uint64_t>(at::get_num_threads()) << 20;
   return static_cast<std::uint64_t>(copies * std::min(num_rows_in_chunk(vocabulary), rows) * vocabulary) * c10::elementSize(head.weight_OI.scalar_type());
 }
+
+namespace {
+
+// As head_loss_sum(), whatever the rows' loss does with its sum: what value() gives behind the last rows is the loss.
+using ActOnRows = std::function<void(at::Tensor& logits_KV, std::int64_t first, bool differentiable)>;
+at::Tensor through_head(const at::Tensor& hidden_TD, const models::Linear& head, const at::Tensor& index_K, std::uint64_t dropout_seed, const ActOnRows& row_loss, const std::function<at::Tensor()>& value);
+
+}  // namespace
 
 at::Tensor cross_entropy_sum(const at::Tensor& hidden_TD, const models::Linear& head, const at::Tensor& targets_T,
                              const at::Tensor& keep_T, std::uint64_t dropout_seed, const LossConfig& loss) {
@@ -120,6 +131,13 @@ at::Tensor cross_entropy_sum(const at::Tensor& hidden_TD, const models::Linear& 
     return differentiable ? with_known_gradients(value, {hidden_TD}, {d_hidden_TD}) : value;
   }
   const at::Tensor targets = kept.targets_K.contiguous();
+  if (!hidden_TD.is_cpu()) {
+    at::Tensor nats = at::zeros({}, hidden_TD.options().dtype(at::kDouble));
+    const auto add = [&](at::Tensor& logits_KV, std::int64_t first, bool differentiable) {
+      nats.add_(cross_entropy_rows_by_operators(logits_KV, targets.narrow(0, first, logits_KV.size(0)), loss, differentiable).sum());
+    };
+    return through_head(hidden_TD, head, kept.index_K, dropout_seed, add, [&] { return nats; });
+  }
   return head_loss_sum(hidden_TD, head, kept.index_K, dropout_seed, [&](at::Tensor& logits_KV, std::int64_t first, bool differentiable) {
     std::vector<double> nats(static_cast<std::size_t>(logits_KV.size(0)));
     for_rows(logits_KV, targets.narrow(0, first, logits_KV.size(0)), nats.data(), loss, differentiable);
@@ -128,9 +146,32 @@ at::Tensor cross_entropy_sum(const at::Tensor& hidden_TD, const models::Linear& 
 }
 
 at::Tensor head_loss_sum(const at::Tensor& hidden_TD, const models::Linear& head, const at::Tensor& index_K, std::uint64_t dropout_seed, const RowLoss& row_loss) {
-  const std::int64_t num_kept = index_K.numel(), rows = num_rows_in_chunk(head.weight_OI.size(0));
   double nats = 0;
-  const auto value = [&] { return at::scalar_tensor(nats, at::kDouble); };
+  const auto add = [&](at::Tensor& logits_KV, std::int64_t first, bool differentiable) { nats += row_loss(logits_KV, first, differentiable); };
+  return through_head(hidden_TD, head, index_K, dropout_seed, add, [&] { return at::scalar_tensor(nats, at::kDouble); });
+}
+
+at::Tensor cross_entropy_rows_by_operators(at::Tensor& logits_KV, const at::Tensor& targets_K, const LossConfig& loss, bool differentiable) {
+  const at::NoGradGuard no_grad;
+  const double smoothing = loss.label_smoothing, each = smoothing / static_cast<double>(logits_KV.size(1));
+  const at::Tensor target_K1 = targets_K.unsqueeze(1), wide_KV = logits_KV.to(at::kFloat), log_sum_K1 = at::logsumexp(wide_KV, {1}, true).to(at::kDouble);
+  at::Tensor nats_K1 = log_sum_K1 - (1 - smoothing) * wide_KV.gather(1, target_K1).to(at::kDouble);
+  if (smoothing > 0) nats_K1.sub_(wide_KV.sum({1}, true, at::kDouble), each);
+  if (loss.z_loss > 0) nats_K1.add_(log_sum_K1.square(), loss.z_loss);
+  if (differentiable) {  // d / d logit_i = p_i (1 + 2 z log_sum) - target_i
+    at::Tensor gradient_KV = at::softmax(wide_KV, 1);
+    if (loss.z_loss > 0) gradient_KV.mul_((1 + 2 * loss.z_loss * log_sum_K1).to(at::kFloat));
+    if (smoothing > 0) gradient_KV.sub_(each);
+    gradient_KV.scatter_(1, target_K1, gradient_KV.gather(1, target_K1).sub_(1 - smoothing));
+    logits_KV.copy_(gradient_KV);
+  }
+  return nats_K1.squeeze(1);
+}
+
+namespace {
+
+at::Tensor through_head(const at::Tensor& hidden_TD, const models::Linear& head, const at::Tensor& index_K, std::uint64_t dropout_seed, const ActOnRows& row_loss, const std::function<at::Tensor()>& value) {
+  const std::int64_t num_kept = index_K.numel(), rows = num_rows_in_chunk(head.weight_OI.size(0));
   if (num_kept == 0) return value();
 
   // Everything that may want a gradient; the hidden states come first.
@@ -163,7 +204,7 @@ at::Tensor head_loss_sum(const at::Tensor& hidden_TD, const models::Linear& head
       const at::Tensor rounded_KD = rounded == count ? h_KD : at::cat({h_KD, at::zeros({rounded - count, h_KD.size(1)}, h_KD.options())});
       const at::Tensor all_KV = models::product(rounded_KD, weight_VD.t());
       at::Tensor logits_KV = all_KV.narrow(0, 0, count);
-      nats += row_loss(logits_KV, begin, differentiable);
+      row_loss(logits_KV, begin, differentiable);
       if (!differentiable) continue;
       if (hidden_TD.requires_grad()) gradients[0].index_copy_(0, index, models::product(all_KV, weight_VD).narrow(0, 0, count).to(hidden.scalar_type()));
       if (inputs.size() > 1) add_gradient_of_head(gradients[1], all_KV, rounded_KD);
@@ -171,7 +212,7 @@ at::Tensor head_loss_sum(const at::Tensor& hidden_TD, const models::Linear& head
       const at::AutoGradMode grad(differentiable);
       const at::Tensor leaf_KD = h_KD.detach().requires_grad_(differentiable), logits = head(leaf_KD, seed);
       at::Tensor d_logits_KV = logits.detach().clone();  // the loss overwrites it, and autograd still needs what it saved
-      nats += row_loss(d_logits_KV, begin, differentiable);
+      row_loss(d_logits_KV, begin, differentiable);
       if (!differentiable) continue;
       variable_list wanted = inputs;
       wanted[0] = leaf_KD;
@@ -183,6 +224,8 @@ at::Tensor head_loss_sum(const at::Tensor& hidden_TD, const models::Linear& head
   }
   return differentiable ? with_known_gradients(value(), inputs, std::move(gradients)) : value();
 }
+
+}  // namespace
 
 at::Tensor cross_entropy_of_kept(const at::Tensor& hidden_TD, const models::Linear& head, const at::Tensor& targets_T,
                                  const at::Tensor& keep_T) {
@@ -196,6 +239,12 @@ at::Tensor cross_entropy_of_kept(const at::Tensor& hidden_TD, const models::Line
     return nats_K.to(at::kFloat);
   }
   const at::Tensor targets = kept.targets_K.contiguous();
+  if (!hidden_TD.is_cpu()) {
+    std::vector<at::Tensor> nats;
+    const auto keep = [&](at::Tensor& logits_KV, std::int64_t first, bool) { nats.push_back(cross_entropy_rows_by_operators(logits_KV, targets.narrow(0, first, logits_KV.size(0)), {}, false)); };
+    through_head(hidden_TD, head, kept.index_K, 0, keep, [] { return at::Tensor(); });
+    return nats.empty() ? at::empty({0}, at::kFloat) : at::cat(nats).to(at::kFloat).cpu();
+  }
   head_loss_sum(hidden_TD, head, kept.index_K, 0, [&](at::Tensor& logits_KV, std::int64_t first, bool) {
     for_rows(logits_KV, targets.narrow(0, first, logits_KV.size(0)), nats_K.mutable_data_ptr<double>() + first, {}, false);
     return 0.0;

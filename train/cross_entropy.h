@@ -32,6 +32,7 @@ at::Tensor head_loss_sum(const at::Tensor& hidden_TD, const models::Linear& head
 /// sum over T of keep_T * -ln softmax(head(hidden_TD))[targets_T], in nats: an f64 scalar, differentiable in hidden_TD,
 /// in the head's weight and bias where they train, and in its adapter. A SUM: the step divides once.
 ///
+/// targets_T and keep_T are in a processor's memory wherever the decoder is; the result is where hidden_TD is, and nothing waits for the device.
 /// Only kept rows pass the head. All gradients are made during the forward pass, chunk by chunk, and wait there for the
 /// backward pass; so memory is num_rows_in_chunk(V) x V whatever T is, plus one gradient of each trained head tensor.
 /// The matrix products run in the head's type; softmax and sums are f32, the sum over rows f64.
@@ -43,7 +44,11 @@ at::Tensor head_loss_sum(const at::Tensor& hidden_TD, const models::Linear& head
 at::Tensor cross_entropy_sum(const at::Tensor& hidden_TD, const models::Linear& head, const at::Tensor& targets_T,
                              const at::Tensor& keep_T, std::uint64_t dropout_seed, const LossConfig& loss = {});
 
-/// The same for evaluation: -ln p of each kept row, in order, f32 [K]; no gradients.
+/// What becomes of a chunk of rows elsewhere than in a processor's memory: the nats of each, f64 [K], where the logits are. targets_K are there, too.
+/// As a RowLoss it overwrites the logits (f32 or bf16) with the gradient of the sum, where `differentiable`; else it leaves them.
+at::Tensor cross_entropy_rows_by_operators(at::Tensor& logits_KV, const at::Tensor& targets_K, const LossConfig& loss, bool differentiable);
+
+/// The same for evaluation: -ln p of each kept row, in order, f32 [K] in a processor's memory; no gradients.
 at::Tensor cross_entropy_of_kept(const at::Tensor& hidden_TD, const models::Linear& head, const at::Tensor& targets_T,
                                  const at::Tensor& keep_T);
 

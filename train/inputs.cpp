@@ -9,6 +9,7 @@
 #include "checkpoints/licence.h"
 #include "core/error.h"
 #include "data/tokenizer.h"
+#include "train/device.h"
 
 namespace alambic::train {
 
@@ -48,7 +49,7 @@ Json resolved_config_of(const TrainConfig& config, const Inputs& inputs) {
 
 Json identity_of(const TrainConfig& config, const Inputs& inputs) {
   Json run = resolved_config(config);
-  for (const char* key : {"output", "model", "samples", "checkpoint", "log_every", "threads", "memory", "ranks"}) run.erase(key);
+  for (const char* key : {"output", "model", "samples", "checkpoint", "log_every", "threads", "memory", "ranks", "device"}) run.erase(key);
   if (!config.deterministic) run.erase("deterministic");  // as in checkpoints older than it
   for (Json& item : run["data"]["mixture"]) item.erase("store");
   for (Json& item : run["evaluation"]["stores"]) item.erase("store");
@@ -57,7 +58,9 @@ Json identity_of(const TrainConfig& config, const Inputs& inputs) {
   for (std::size_t i = 0; i < inputs.learnt.size(); ++i) run["data"]["mixture"][i]["sha256"] = inputs.learnt[i].hash();
   for (std::size_t i = 0; i < inputs.held_out.size(); ++i) run["evaluation"]["stores"][i]["sha256"] = inputs.held_out[i].second.hash();
   run.update(inputs.sections_identity);
-  return {{"run", run}, {"machine", {{"threads", at::get_num_threads()}, {"processor", at::get_cpu_capability()}, {"libtorch", TORCH_VERSION}}}};
+  Json machine = {{"threads", at::get_num_threads()}, {"processor", at::get_cpu_capability()}, {"libtorch", TORCH_VERSION}};
+  if (is_on_gpu(config)) machine["gpu"] = parallel::gpus().seen.front();  // of a processor nothing is said, as in checkpoints older than this
+  return {{"run", run}, {"machine", machine}};
 }
 
 Json describe_store(const std::string& use, const std::filesystem::path& folder, const data::TokenStore& store) {

@@ -24,10 +24,10 @@ struct KnownGradients : torch::autograd::Node {
     gradients.clear();
     if (!d_outputs[0].defined()) return variable_list(result.size());
     const at::NoGradGuard no_grad;
-    const double factor = d_outputs[0].item<double>();
+    const at::Tensor& factor = d_outputs[0];  // on another device to look at it would wait for that
     for (std::size_t i = 0; i < result.size(); ++i) {
       if (!result[i].defined()) continue;
-      result[i].mul_(factor);
+      factor.is_cpu() ? result[i].mul_(factor.item<double>()) : result[i].mul_(factor);
       models::give_to_leaf(*this, i, result[i]);
     }
     return result;

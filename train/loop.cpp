@@ -22,7 +22,7 @@ constexpr double kLossSmoothing = 0.9;  // of progress lines: about the last ten
 std::string checksum(const NamedTensors& tensors) {
   std::uint64_t sum = 0;
   for (const auto& [name, tensor] : tensors) {
-    const at::Tensor whole = tensor.contiguous();
+    const at::Tensor whole = tensor.cpu().contiguous();
     const char* const bytes = static_cast<const char*>(whole.const_data_ptr());
     // Four sums side by side: a chain of multiplications is slow, and this reads all weights and moments.
     std::array<std::uint64_t, 4> lanes = {1, 2, 3, 4};

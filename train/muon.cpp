@@ -40,7 +40,8 @@ at::Tensor orthogonalised(const at::Tensor& matrix_OI, at::ScalarType type) {
 }
 
 Muon::Muon(std::vector<Trained> given, const OptimizerConfig& config, std::optional<at::ScalarType> type)
-    : Optimizer(std::move(given)), config_(config), type_(type.value_or(models::fastest_compute_type())) {
+    : Optimizer(std::move(given)), config_(config),
+      type_(type.value_or(trained().empty() || trained().front().tensor.is_cpu() ? models::fastest_compute_type() : at::kBFloat16)) {
   std::vector<Trained> rest;
   for (const Trained& one : trained()) {
     if (one.name.find("lora_") != std::string::npos)

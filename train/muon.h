@@ -16,7 +16,7 @@ at::Tensor orthogonalised(const at::Tensor& matrix_OI, at::ScalarType type);
 class Muon final : public Optimizer {
  public:
   /// type: of the Newton-Schulz products. By default bf16 where the processor multiplies it natively, else f32, which is
-  /// closer to orthogonal; elsewhere bf16 would take several times as long.
+  /// closer to orthogonal; elsewhere bf16 would take several times as long. On a GPU bf16.
   Muon(std::vector<Trained> trained, const OptimizerConfig& config, std::optional<at::ScalarType> type = std::nullopt);
   void update(double learning_rate, std::int64_t step) override;
   NamedState moments() const override;  // "momentum.<name>" of matrices, of the rest what AdamW lists

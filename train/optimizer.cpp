@@ -2,6 +2,9 @@
 #include "train/optimizer.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/_foreach_mul.h>
+#include <ATen/ops/_foreach_norm.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
@@ -68,7 +71,24 @@ std::string lower_case(std::string_view name) {
   return lower;
 }
 
+// 1 where nothing is scaled. 1e-6 as in torch.nn.utils.clip_grad_norm_.
+float scale_to(double max_norm, double norm) {
+  return max_norm > 0 && std::isfinite(norm) && norm > max_norm - 1e-6 ? static_cast<float>(max_norm / (norm + 1e-6)) : 1.0f;
+}
+
 }  // namespace
+
+at::Tensor sum_of_squares_by_operators(std::span<at::Tensor> gradients) {
+  const at::NoGradGuard no_grad;
+  return at::stack(at::_foreach_norm(at::TensorList(gradients.data(), gradients.size()), 2, at::kDouble)).square().sum();
+}
+
+double clip_to_norm_by_operators(std::span<at::Tensor> gradients, double max_norm) {
+  const at::NoGradGuard no_grad;
+  const double square = sum_of_squares_by_operators(gradients).item<double>(), norm = norm_of({&square, 1});
+  if (const float scale = scale_to(max_norm, norm); scale != 1) at::_foreach_mul_(at::TensorList(gradients.data(), gradients.size()), scale);
+  return norm;
+}
 
 std::vector<double> squares_of(std::span<at::Tensor> tensors) {
   const std::vector<Piece> pieces = pieces_of(tensors);
@@ -86,14 +106,14 @@ double norm_of(std::span<const double> squares) {
 }
 
 void scale_to_norm(std::span<at::Tensor> gradients, double norm, double max_norm) {
-  // 1e-6 as in torch.nn.utils.clip_grad_norm_.
-  if (max_norm <= 0 || !std::isfinite(norm) || norm <= max_norm - 1e-6) return;
-  const auto scale = static_cast<float>(max_norm / (norm + 1e-6));
+  const float scale = scale_to(max_norm, norm);
+  if (scale == 1) return;
   const std::vector<Piece> pieces = pieces_of(gradients);
   for_each_piece(pieces, [&](std::size_t i) { run_vectorised<Scaled>(pieces[i].values, pieces[i].count, scale); });
 }
 
 double clip_to_norm(std::span<at::Tensor> gradients, double max_norm) {
+  if (!gradients.empty() && !gradients.front().is_cpu()) return clip_to_norm_by_operators(gradients, max_norm);
   const double norm = norm_of(squares_of(gradients));
   scale_to_norm(gradients, norm, max_norm);
   return norm;
@@ -236,6 +256,8 @@ std::unique_ptr<Optimizer> make_optimizer(const std::vector<models::NamedTensor>
 }
 
 std::unique_ptr<Optimizer> make_rule(std::vector<Trained> trained, const OptimizerConfig& config) {
+  if (const at::Device device = trained.front().tensor.device(); config.kind == "adamw8bit" && !device.is_cpu())
+    fail(ErrorKind::kUsage, "optimizer.kind: adamw8bit computes on processors alone, and what trains is on ", device.str(), Remedy{"use adamw, adafactor or muon, or set device: cpu"});
   if (config.kind == "adamw") return std::make_unique<AdamW>(std::move(trained), config);
   if (config.kind == "adamw8bit") return std::make_unique<AdamW8bit>(std::move(trained), config);
   if (config.kind == "adafactor") return std::make_unique<Adafactor>(std::move(trained), config);

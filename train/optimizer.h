@@ -28,6 +28,10 @@ inline constexpr std::int64_t kPieceOfNorm = 1 << 14;  // long enough to be wort
 std::vector<double> squares_of(std::span<at::Tensor> tensors);
 double norm_of(std::span<const double> squares);
 void scale_to_norm(std::span<at::Tensor> gradients, double norm, double max_norm);
+/// What it does elsewhere than in a processor's memory.
+double clip_to_norm_by_operators(std::span<at::Tensor> gradients, double max_norm);
+/// Its first half: the sum of squares, an f64 scalar where the gradients are.
+at::Tensor sum_of_squares_by_operators(std::span<at::Tensor> gradients);
 
 /// Whether weight decay pulls on a tensor of this name. As in transformers' Trainer: on all but biases and norms, so
 /// adapters' A and B and embeddings decay.

@@ -10,7 +10,9 @@
 #include "checkpoints/hf_folder.h"
 #include "core/error.h"
 #include "core/files.h"
+#include "models/device.h"
 #include "train/cross_entropy.h"
+#include "train/device.h"
 #include "train/inputs.h"
 #include "train/memory.h"
 #include "train/run_folder.h"
@@ -49,6 +51,7 @@ double probe_seconds(const LossSum& loss_sum, const data::Batch& batch, Optimize
   for (int round = 0; round < 2; ++round) {
     const auto began = std::chrono::steady_clock::now();
     loss_sum(batch, kProbeSeed).backward();
+    wait_for(optimizer.trained().front().tensor);
     seconds = seconds_since(began);
     optimizer.forget_gradients();
   }
@@ -58,11 +61,14 @@ double probe_seconds(const LossSum& loss_sum, const data::Batch& batch, Optimize
 Json plan(const TrainConfig& config, bool probe) { return plan(config, probe, text_recipe(config)); }
 
 Json plan(const TrainConfig& given, bool probe, const Recipe& recipe) {
-  const TrainConfig config = with_token_ids(given);
+  const TrainConfig config = with_device(with_token_ids(given));
   use_threads(config);
+  const at::Device device = device_of(config, {});
+  const OnDevice on_device(device, config.deterministic);
   const Inputs inputs = open_inputs(config, recipe);
   const std::string note = note_on_output(config.output);
   models::Decoder decoder = checkpoints::load_decoder(config.model, compute_type_of(config), quantization_of(config));
+  if (!device.is_cpu()) models::move_to(decoder, device);
   if (recipe.see_base) recipe.see_base(decoder);
   make_trainable(decoder, config);
   const std::string not_fused = prepare_blocks(decoder, config, recipe.not_fused);
@@ -81,7 +87,7 @@ Json plan(const TrainConfig& given, bool probe, const Recipe& recipe) {
 
   const auto parameters = static_cast<std::uint64_t>(inputs.model.num_parameters()), trained = static_cast<std::uint64_t>(optimizer->num_parameters() - parameters_beside(*optimizer));
   const MemoryEstimate memory = estimate_memory(decoder, static_cast<std::uint64_t>(optimizer->state_bytes()), config.data.row_length * config.data.rows_per_batch);
-  const std::uint64_t besides = recipe.memory ? recipe.memory() : 0, total = memory.total() + besides, available = available_memory();
+  const std::uint64_t besides = recipe.memory ? recipe.memory() : 0, total = memory.total() + besides, available = device.is_cpu() ? available_memory() : parallel::gpus().memory.front();
   if (available > 0 && total > available)
     warnings.push_back("memory: about " + std::to_string(total >> 20) + " MiB are needed, " + std::to_string(available >> 20) +
                        " MiB are available; lower data.row_length, data.rows_per_batch or lora.rank, or set memory: block");
@@ -97,7 +103,7 @@ Json plan(const TrainConfig& given, bool probe, const Recipe& recipe) {
           {"tokens_per_step", step_tokens},
           {"tokens", step_tokens * static_cast<double>(steps)},
           {"model", {{"folder", config.model.string()}, {"family", inputs.model.family->model_type}, {"parameters", parameters}, {"trained_parameters", trained},
-                     {"compute_type", toString(compute_type_of(config))}, {"quantization", base_format(decoder)}, {"sha256", inputs.base_hash}, {"tokenizer_sha256", inputs.tokenizer_hash}}},
+                     {"compute_type", toString(compute_type_of(config))}, {"device", config.device}, {"quantization", base_format(decoder)}, {"sha256", inputs.base_hash}, {"tokenizer_sha256", inputs.tokenizer_hash}}},
           {"data", describe_data(config, inputs)},
           {"memory", {{"weights", memory.weights}, {"trained", memory.trained}, {"optimizer", memory.optimizer}, {"activations", memory.activations}, {"head", memory.head},
                       {"library", memory.library}, {"total", total}, {"available", available}}},

@@ -15,9 +15,11 @@
 #include "core/random.h"
 #include "lora/initialise.h"
 #include "models/decoder.h"
+#include "models/device.h"
 #include "models/sharded_blocks.h"
 #include "parallel/connect.h"
 #include "train/cross_entropy.h"
+#include "train/device.h"
 #include "train/inputs.h"
 #include "train/known_gradients.h"
 #include "train/loop.h"
@@ -46,7 +48,7 @@ at::Tensor shared_text_loss(const TrainConfig& config, models::Decoder& decoder,
   const std::uint64_t head_seed = derive_seed(dropout_seed, "context", {static_cast<std::uint64_t>(decoder.context.member)}) | 1;
   const at::Tensor sum = cross_entropy_sum(hidden_TD, decoder.head, row.own(batch.targets_T), row.own(batch.keep_T), head_seed, config.loss);
   if (sum.requires_grad() || !hidden_TD.requires_grad()) return sum;
-  return KnownGradients::apply(sum, at::TensorList{hidden_TD}, torch::autograd::variable_list{at::zeros_like(hidden_TD.detach())});
+  return with_known_gradients(sum, {hidden_TD}, {at::zeros_like(hidden_TD.detach())});
 }
 
 }  // namespace
@@ -94,12 +96,13 @@ Json facts_of(const TrainConfig& config, const Inputs& inputs, bool resume) {
   }
   const Json whole = resolved_config(config);
   for (const char* key : {"checkpoint", "samples", "ranks", "log_every", "deterministic"}) identity[key] = whole[key];
+  identity["device"] = config.device;
   identity["resume"] = resume;
   return {{"code", {{"version", checkpoints::alambic_version()}, {"program", sha256_of_file("/proc/self/exe")}}}, {"config", identity}, {"base", base}, {"data", data}};
 }
 
 /// All ranks continue where rank 0 does: it alone has read the checkpoint. Returns its progress.
-std::optional<Progress> share_start(const LoopParts& parts, std::optional<Progress> progress) {
+std::optional<Progress> share_start(const LoopParts& parts, std::optional<Progress> progress, at::Device device) {
   parallel::Communicator& ranks = parts.ranks;
   if (ranks.size() == 1) return progress;
   Json base = Json::array();
@@ -112,7 +115,7 @@ std::optional<Progress> share_start(const LoopParts& parts, std::optional<Progre
   NamedTensors base_tensors;
   if (progress) base_tensors = parts.base_state();
   else
-    for (const Json& entry : start["base"]) base_tensors.emplace_back(entry[0].get<std::string>(), at::empty(entry[1].get<std::vector<std::int64_t>>(), static_cast<at::ScalarType>(entry[2].get<int>())));
+    for (const Json& entry : start["base"]) base_tensors.emplace_back(entry[0].get<std::string>(), at::empty(entry[1].get<std::vector<std::int64_t>>(), at::TensorOptions(static_cast<at::ScalarType>(entry[2].get<int>())).device(device)));
   std::vector<at::Tensor> tensors;
   for (const auto& [name, tensor] : base_tensors) tensors.push_back(tensor);
   ranks.broadcast_in_place(tensors, 0, "the checkpoint's base");
@@ -157,7 +160,11 @@ void require_sharing(const TrainConfig& config, const Recipe& recipe, int num_ra
          Remedy{"make it a multiple of " + std::to_string(groups)});
 }
 
-TrainReport run_ranks(const TrainConfig& config, bool resume, const std::function<bool()>& stop_requested, const Recipe& recipe, parallel::Communicator& ranks, int num_sharing) {
+TrainReport run_ranks(const TrainConfig& config, bool resume, const std::function<bool()>& stop_requested, const Recipe& recipe, parallel::Communicator& ranks, const parallel::LaunchEnvironment& environment) {
+  const at::Device device = recipe.device ? *recipe.device : device_of(config, environment);
+  const OnDevice on_device(device, config.deterministic);
+  if (!device.is_cpu() && config.ranks.shard)
+    fail(ErrorKind::kUsage, "ranks.shard: ranks share weights and moments in the memory of processors alone, and this run computes on ", device.str(), Remedy{"use ranks.shard: false, or device: cpu"});
   const NotesOfRank0 notes(ranks);
   const bool is_first = ranks.rank() == 0;
   if (config.deterministic) require_tree(ranks.size());
@@ -174,9 +181,10 @@ TrainReport run_ranks(const TrainConfig& config, bool resume, const std::functio
   if (is_first)
     for (const std::string& warning : inputs.warnings) log_warning(warning);
   models::Decoder decoder = checkpoints::load_decoder(config.model, compute_type_of(config), quantization_of(config), checkpoints::Linears::kDense, sharing_of(config, ranks));
+  if (!device.is_cpu()) models::move_to(decoder, device);
   if (recipe.see_base) recipe.see_base(decoder);
   make_trainable(decoder, config);
-  const std::string not_fused = prepare_blocks(decoder, config, recipe.not_fused, num_sharing);
+  const std::string not_fused = prepare_blocks(decoder, config, recipe.not_fused, environment.local_size);
   const auto context = static_cast<int>(config.ranks.context);
   if (context > 1) share_rows(decoder, not_fused, ranks, context);
   std::vector<models::NamedTensor> trained = lora::trainable(decoder);
@@ -209,13 +217,13 @@ TrainReport run_ranks(const TrainConfig& config, bool resume, const std::functio
       .verb = recipe.verb,
       .shards = decoder.shards.get(),
   };
-  const std::optional<Progress> resumed = share_start(parts, is_first ? restore(config, inputs, parts) : std::nullopt);
+  const std::optional<Progress> resumed = share_start(parts, is_first ? restore(config, inputs, parts) : std::nullopt, device);
   if (!resumed && config.method == "lora") lora::initialise(decoder, config.lora, config.seed);
   if (decoder.shards) decoder.shards->end_common_pass();  // DoRA's start looked at the blocks
   if (config.ranks.shard && ranks.size() == 1) log_info("ranks.shard: one rank alone keeps everything");
   const std::int64_t beside = parameters_beside(*optimizer);
   log_info("training ", optimizer->num_parameters() - beside, " of ", inputs.model.num_parameters(), " parameters", beside > 0 ? " and " + std::to_string(beside) + " beside them" : "", " for ", parts.total_steps, " steps, ",
-           toString(compute_type_of(config)), config.quantize_base == "none" ? "" : " on a base in " + lora::name_of(quantization_of(config)),
+           toString(compute_type_of(config)), !device.is_cuda() ? "" : " on " + parallel::gpus().seen[static_cast<std::size_t>(device.index())], config.quantize_base == "none" ? "" : " on a base in " + lora::name_of(quantization_of(config)),
            ranks.size() == 1 ? "" : ", by " + std::to_string(ranks.size()) + " ranks" + (context == 1 ? "" : ", " + std::to_string(context) + " to a row"), ", into ", config.output.string());
   const Progress progress = run(config, parts, resumed);
   TrainReport report = is_first ? finish(config, inputs, progress) : TrainReport{.steps = progress.step};
@@ -227,13 +235,13 @@ TrainReport run_ranks(const TrainConfig& config, bool resume, const std::functio
 
 TrainReport run_recipe(const TrainConfig& given, bool resume, const std::function<bool()>& stop_requested, const Recipe& recipe) {
   check(given);
-  const TrainConfig config = with_token_ids(given);
+  const TrainConfig config = with_device(with_token_ids(given));
   use_threads(config);
   const parallel::LaunchEnvironment environment = parallel::launch_environment();
   require_sharing(config, recipe, environment.size);
   const auto ranks = parallel::connect(environment, {.timeout_seconds = config.ranks.timeout, .connect_timeout_seconds = config.ranks.connect_timeout});
   try {
-    TrainReport report = run_ranks(config, resume, stop_requested, recipe, *ranks, environment.local_size);
+    TrainReport report = run_ranks(config, resume, stop_requested, recipe, *ranks, environment);
     report.rank = ranks->rank();
     return report;
   } catch (const Error& error) {

@@ -4,6 +4,7 @@
 // result. A recipe adds its loss, and what that needs.
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -28,6 +29,8 @@ struct Recipe {
   /// names that begin with kBesideModel.
   std::function<LossSum(models::Decoder&, const Inputs&, std::vector<models::NamedTensor>& trained)> loss;
   Figures figures = {};  // LoopParts::figures
+  /// In place of what the config's `device` says, for tests that compute on a device of their own.
+  std::optional<at::Device> device = {};
   /// Bytes that the recipe takes besides the decoder and its training; asked after `loss`.
   std::function<std::uint64_t()> memory = {};
 };

@@ -8,6 +8,7 @@
 #include "data/tokenizer.h"
 #include "lora/initialise.h"
 #include "models/decoder.h"
+#include "train/device.h"
 
 namespace alambic::train {
 
@@ -111,7 +112,8 @@ void TrainConfig::visit(FieldVisitor& fields) {
   fields.group("ranks", "several processes on one run (docs/ranks.md)", ranks);
   fields.field("deterministic", deterministic, {.help = "add the gradients of a step's micro-batches in a fixed binary tree, so that 1, 2, 4, ... ranks of equal threads give the same bits; needs memory for some more gradients"});
   fields.field("neftune_alpha", neftune_alpha, {.help = "NEFTune: uniform noise of alpha / sqrt(document tokens x hidden size) on embeddings while training; 5 to 15 is usual, 0: none", .low = 0, .high = 1e3});
-  fields.field("compute_type", compute_type, {.help = "auto: bf16 where the processor multiplies it natively, else f32", .choices = {"auto", "f32", "bf16"}});
+  fields.field("device", device, {.help = "where the run computes. auto: cuda where this build has CUDA and the machine a GPU, else cpu; several ranks use a GPU each. distill computes on cpu", .choices = {"auto", "cpu", "cuda"}});
+  fields.field("compute_type", compute_type, {.help = "auto: bf16 on a GPU and where the processor multiplies it natively, else f32", .choices = {"auto", "f32", "bf16"}});
   fields.field("memory", memory, {.help = "kept of the forward pass: store all, all but the mlp's, each block's input alone; the rest is computed again with the same bits. auto: the most that fits", .choices = {"auto", "store", "mlp", "block"}});
   fields.field("threads", threads, {.help = "processor threads; 0: all. The same number gives the same bits", .low = 0, .high = 4096});
   fields.field("seed", seed, {.help = "of the adapter's start, the data order and dropout"});
@@ -209,7 +211,7 @@ at::ScalarType compute_type_of(const TrainConfig& config) {
   if (config.compute_type == "bf16") return at::kBFloat16;
   // Trained base weights are their own f32 masters; so is a base that adapters are merged into.
   if (config.compute_type == "f32" || config.method == "full" || restarts(config)) return at::kFloat;
-  return models::fastest_compute_type();
+  return is_on_gpu(config) ? at::kBFloat16 : models::fastest_compute_type();
 }
 
 }  // namespace alambic::train

@@ -110,6 +110,7 @@ struct TrainConfig {
   RanksConfig ranks;
   bool deterministic = false;         // gradients of micro-batches are added in a fixed tree
   double neftune_alpha = 0;           // 0: no noise on embeddings
+  std::string device = "auto";        // auto, cpu, cuda: train/device.h
   std::string compute_type = "auto";  // auto, f32, bf16
   std::string memory = "auto";        // auto, store, mlp, block: models::Keep
   std::int64_t threads = 0;           // 0: all processors
@@ -130,7 +131,7 @@ bool restarts(const TrainConfig& config);
 std::string result_name(const TrainConfig& config);
 
 data::StreamConfig stream_config(const TrainConfig& config);
-at::ScalarType compute_type_of(const TrainConfig& config);
+at::ScalarType compute_type_of(const TrainConfig& config);  // of device: auto as this build and machine decide it
 lora::BaseQuantization quantization_of(const TrainConfig& config);
 
 }  // namespace alambic::train

@@ -14,6 +14,7 @@
 #include <cmath>
 #include <limits>
 
+#include "models/row_kernels.h"
 #include "tests/closeness.h"
 #include "tests/golden.h"
 #include "tests/support.h"
@@ -176,6 +177,27 @@ TEST(CrossEntropy, EveryPathEqualsTheFormulaAndItsFiniteDifferences) {
       }
     }
   }
+}
+
+TEST(CrossEntropy, ByOperatorsRowsAreThoseOfTheProcessorsLoop) {
+  const std::int64_t rows = 37, vocabulary = 2053;
+  const at::Tensor logits_KV = at::randn({rows, vocabulary}) * 4, targets_K = at::arange(rows, at::kLong) * 55;
+  for (const LossConfig& loss : {LossConfig{}, LossConfig{.label_smoothing = 0.1}, LossConfig{.z_loss = 1e-2}, LossConfig{.label_smoothing = 0.2, .z_loss = 1e-3}})
+    for (const at::ScalarType type : {at::kFloat, at::kBFloat16}) {
+      at::Tensor by_loop = logits_KV.to(type, false, true), by_operators = by_loop.clone();
+      const at::Tensor before = by_loop.clone(), nats_K = at::zeros({rows}, at::kDouble);
+      EXPECT_TRUE(is_close(cross_entropy_rows_by_operators(by_operators, targets_K, loss, false), cross_entropy_rows_by_operators(by_operators, targets_K, loss, false), {}));
+      EXPECT_TRUE(by_operators.equal(before));  // nothing is overwritten without a gradient
+      const auto loop = [&](auto* logits) {
+        models::kernels::cross_entropy_rows(logits, targets_K.const_data_ptr<std::int64_t>(), loss.label_smoothing, loss.z_loss, true, nats_K.mutable_data_ptr<double>(), rows, vocabulary);
+      };
+      if (type == at::kFloat) loop(by_loop.mutable_data_ptr<float>());
+      else loop(by_loop.mutable_data_ptr<at::BFloat16>());
+      EXPECT_TRUE(is_close(cross_entropy_rows_by_operators(by_operators, targets_K, loss, true), nats_K, {.relative = 1e-6})) << type;
+      EXPECT_EQ(by_operators.scalar_type(), type);
+      // In bf16 the last rounding may fall otherwise: 2^-8 of an element.
+      EXPECT_TRUE(is_close(by_operators, by_loop, {.relative = type == at::kFloat ? 4e-6 : 4e-3, .absolute = type == at::kFloat ? 2e-7 : 1e-7})) << type;
+    }
 }
 
 TEST(CrossEntropy, WhatIsNotFiniteIsNotAveragedAway) {

@@ -18,6 +18,7 @@
 #include "tests/closeness.h"
 #include "tests/golden.h"
 #include "tests/support.h"
+#include "train/adafactor.h"
 #include "train/adamw8bit.h"
 #include "train/dynamic_map.h"
 #include "train/muon.h"
@@ -310,6 +311,32 @@ TEST(ClipToNorm, OneNormOverAllTensorsWhateverTheirSizes) {
     const at::Tensor same = one[0].clone();
     EXPECT_FALSE(std::isfinite(clip_to_norm(one, 1e-3))) << bad;
     EXPECT_TRUE(at::equal(same.nan_to_num(), one[0].nan_to_num())) << bad;
+  }
+}
+
+TEST(ByOperators, NormsAndAdafactorAreThoseOfTheProcessorsLoops) {
+  std::vector<at::Tensor> by_loop = {at::randn({200, 300}), at::randn({7}), at::randn({1}), at::randn({16384})}, by_operators;
+  for (const at::Tensor& gradient : by_loop) by_operators.push_back(gradient.clone());
+  const double norm = clip_to_norm(by_loop, 0.5);
+  EXPECT_NEAR(clip_to_norm_by_operators(by_operators, 0.5), norm, 1e-12 * norm);
+  for (std::size_t i = 0; i < by_loop.size(); ++i) EXPECT_TRUE(is_close(by_operators[i], by_loop[i], {.relative = 1.2e-7})) << i;
+
+  for (const std::vector<std::int64_t>& shape : {std::vector<std::int64_t>{300, 700}, {5}}) {
+    at::Tensor weight = at::randn(shape).requires_grad_(true), other = weight.detach().clone().requires_grad_(true);
+    Adafactor loops({{"w", weight, 0.5, 0.1}}, {});
+    const bool is_matrix = shape.size() == 2;
+    const Adafactor::Moments moments = is_matrix ? Adafactor::Moments{at::zeros({300}), at::zeros({700}), {}} : Adafactor::Moments{{}, {}, at::zeros({5})};
+    for (int step = 1; step <= kSteps; ++step) {
+      const at::Tensor gradient = at::randn(shape) * (step % 3 == 0 ? 0.02 : 0.5);
+      weight.mutable_grad() = gradient.clone(), other.mutable_grad() = gradient.clone();
+      loops.step(kRate);
+      Adafactor::update_by_operators({"w", other, 0.5, 0.1}, moments, 0.5 * kRate, std::pow(static_cast<double>(step), -0.8));
+    }
+    EXPECT_TRUE(is_close(other, weight, {.relative = 1e-6, .absolute = 1e-6})) << at::IntArrayRef(shape);
+    for (const auto& [name, moment] : loops.moments()) {
+      const at::Tensor& own = name.starts_with("row") ? moments.row_R : name.starts_with("column") ? moments.column_C : moments.square;
+      EXPECT_TRUE(is_close(own, moment, {.relative = 2e-6})) << name;
+    }
   }
 }
 
