@@ -73,7 +73,7 @@ int run_evaluate(const Arguments& arguments, const Terminal& terminal) {
         fail(ErrorKind::kData, printable(store.folder().string()), ": made by another tokenizer: its hash is ", store.info().tokenizer_hash, ", the model's is ", hash,
              Remedy{"prepare the text again with this model's tokenizer"});
   }
-  const models::Decoder decoder = load_model(task.model, task.adapter, task.compute, checkpoints::Linears::kAsStored);  // long passes: one layer dense at a time
+  const models::Decoder decoder = load_model(task.model, task.adapter, task.compute, arguments.text("device"), checkpoints::Linears::kAsStored);  // long passes: one layer dense at a time
 
   Json report = {{"model", printable(task.model.string())}, {"adapter", task.adapter.empty() ? Json(nullptr) : Json(printable(task.adapter.string()))}, {"stores", Json::array()}};
   const at::NoGradGuard no_gradients;

@@ -5,7 +5,9 @@
 #include "cli/verbs.h"
 #include "core/error.h"
 #include "core/log.h"
+#include "models/device.h"
 #include "models/fused_blocks.h"
+#include "train/device.h"
 
 namespace alambic::cli {
 
@@ -16,9 +18,15 @@ std::vector<Option> model_options(const std::string& compute) {
       {.name = "compute",
        .kind = Kind::kText,
        .value = "TYPE",
-       .help = "type to compute in; auto is bf16 where the processor multiplies it natively, and f32 elsewhere",
+       .help = "type to compute in; auto is bf16 on a GPU and where the processor multiplies it natively, and f32 elsewhere",
        .otherwise = compute,
        .choices = {"auto", "f32", "bf16"}},
+      {.name = "device",
+       .kind = Kind::kText,
+       .value = "DEVICE",
+       .help = "where to compute; auto is cuda where this build has CUDA and the machine a GPU, the first of which is used, and cpu elsewhere",
+       .otherwise = "auto",
+       .choices = {"auto", "cpu", "cuda"}},
   };
 }
 
@@ -46,21 +54,29 @@ std::filesystem::path adapter_folder(const std::filesystem::path& folder) {
        Remedy{"alambic inspect " + name + " tells what it is"});
 }
 
-models::Decoder load_model(const std::filesystem::path& model, const std::filesystem::path& adapter, const std::string& compute, checkpoints::Linears linears) {
+models::Decoder load_model(const std::filesystem::path& model, const std::filesystem::path& adapter, const std::string& compute, const std::string& device, checkpoints::Linears linears) {
   check_model_folder(model);
   const std::filesystem::path adapter_path = adapter.empty() ? adapter : adapter_folder(adapter);
-  const at::ScalarType type = compute == "f32" ? at::kFloat : compute == "bf16" ? at::kBFloat16 : models::fastest_compute_type();
+  train::TrainConfig where;
+  where.device = device;
+  const bool on_gpu = train::with_device(where).device == "cuda";
+  const at::ScalarType type = compute == "f32" ? at::kFloat : compute == "bf16" || on_gpu ? at::kBFloat16 : models::fastest_compute_type();
   // An adapter meets the base it was trained on, quantised as it was then.
   const lora::BaseQuantization quantization = adapter_path.empty() ? lora::BaseQuantization{} : checkpoints::adapter_quantization(adapter_path);
   if (!adapter_path.empty() && checkpoints::linears_for(adapter_path) == checkpoints::Linears::kDense) linears = checkpoints::Linears::kDense;
   models::Decoder decoder = checkpoints::load_decoder(model, type, quantization, linears);
   if (!adapter_path.empty()) checkpoints::load_adapter(decoder, adapter_path, checkpoints::base_hash(model));
+  if (on_gpu) {
+    const train::OnDevice settings(at::Device(at::kCUDA, 0), /*deterministic=*/false);
+    models::move_to(decoder, at::Device(at::kCUDA, 0));
+    return decoder;
+  }
   models::use_fused_blocks(decoder);  // so that figures are the bits that training computes; what it cannot take, ATen operators do
   return decoder;
 }
 
 models::Decoder load_model(const Arguments& arguments) {
-  return load_model(arguments.path("model"), arguments.path("adapter"), arguments.text("compute"));
+  return load_model(arguments.path("model"), arguments.path("adapter"), arguments.text("compute"), arguments.text("device"));
 }
 
 }  // namespace alambic::cli

@@ -22,6 +22,7 @@
 #include "cli/verbs.h"
 #include "core/error.h"
 #include "distill/write_cache.h"
+#include "parallel/nccl.h"
 #include "tests/cli/tiny_model.h"
 #include "tests/support.h"
 
@@ -298,6 +299,9 @@ TEST_F(CommandLine, ScoreMistakes) {
   EXPECT_TRUE(refuses({"score", "-m", there("model"), "--text", ""}, 2, "score: --text: the text has no tokens"));
   EXPECT_TRUE(refuses({"score", "-m", there("model"), "--text", "\xff"}, 3, "UTF-8"));
   EXPECT_TRUE(refuses({"score", "-m", there("model"), "--ids", "1", "--compute", "fp32"}, 2, "--compute must be one of auto, f32, bf16, got fp32; did you mean f32?"));
+  if (parallel::gpus().seen.empty()) {
+    EXPECT_TRUE(refuses({"score", "-m", there("model"), "--ids", "1,2", "--device", "cuda"}, 5, "device: cuda: there is no GPU: "));
+  }
   EXPECT_TRUE(refuses({"score", "-m", there("no-tokenizer"), "--text", "w4"}, 3, "tokenizer.json: there is no such file"));
   EXPECT_TRUE(refuses({"score", "-m", there("model"), "--ids", "1", "--threads", "0"}, 2, "--threads must be from 1 to 4096, got 0"));
   EXPECT_TRUE(refuses({"score", "-m", there("model"), "--ids", "1,2", "extra"}, 2, "score: one argument too many: extra"));
