@@ -7,6 +7,6 @@ cd "$(dirname "$0")/.."
 scripts/setup.sh --cuda
 export PATH="$PATH:$HOME/.cargo/bin"
 cmake --preset cuda
-cmake --build --preset cuda --target alambic nf4_cuda_check nccl_check
+cmake --build --preset cuda --target alambic nf4_cuda_check nccl_check train_check
 build/cuda/cli/alambic --version >/dev/null  # it starts: every library it asks for is there
 ctest --test-dir build/cuda -L gpu --output-on-failure
