@@ -9,6 +9,7 @@
 #include "distill/distill.h"
 #include "parallel/launch_environment.h"
 #include "parallel/local_ranks.h"
+#include "train/recipe.h"
 #include "train/train_config.h"
 
 namespace alambic::cli {
@@ -37,8 +38,17 @@ int run_launch(const Arguments& arguments, const Terminal& terminal) {
   if (verb == "distill" && (parsed.has("cache") || parsed.has("generate")))
     fail(ErrorKind::kUsage, "launch: distill --cache and --generate work in one process", Remedy{"alambic distill ... without launch"});
   const std::string& config = parsed.positional(0);
-  if (verb == "distill") distill::check(read_config<distill::DistillConfig>(config, parsed.texts("set")));
-  else train::check(read_config<train::TrainConfig>(config, parsed.texts("set")));
+  if (verb == "distill") {
+    const auto distilled = read_config<distill::DistillConfig>(config, parsed.texts("set"));
+    distill::check(distilled);
+    train::Recipe recipe;
+    recipe.verb = verb;
+    train::require_sharing(distilled.train, recipe, ranks.size);
+  } else {
+    const auto trained = read_config<train::TrainConfig>(config, parsed.texts("set"));
+    train::check(trained);
+    train::require_sharing(trained, train::text_recipe(trained), ranks.size);
+  }
   ranks.again = ranks.command;
   if (!parsed.has("resume")) ranks.again.push_back("--resume");
   return parallel::run_local_ranks(ranks, terminal.err);

@@ -210,11 +210,11 @@ train::TrainReport distill(const DistillConfig& config, bool resume, const std::
   return train::run_recipe(own.train, resume, stop_requested, recipe_of(own));
 }
 
-Json plan(const DistillConfig& config, bool probe) {
+Json plan(const DistillConfig& config, bool probe, int num_ranks) {
   check(config);
   DistillConfig own_config = config;
   own_config.train = train::on_processor(config.train, "distill");
-  Json result = train::plan(own_config.train, probe, recipe_of(own_config));
+  Json result = train::plan(own_config.train, probe, recipe_of(own_config), num_ranks);
   if (const OnPolicyConfig& own = config.distill.on_policy; own.lambda > 0 && own.lambda < 1 && !result["time"].is_null())
     result["warnings"].push_back(std::string("time: measured on a micro-batch ") + (is_on_policy(own, train::kProbeSeed) ? "that the student writes" : "of the corpus") +
                                  "; distill.on_policy.lambda of them are written by the student, which takes another time");

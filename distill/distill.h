@@ -42,6 +42,6 @@ void check(const DistillConfig& config);
 train::TrainReport distill(const DistillConfig& config, bool resume, const std::function<bool()>& stop_requested);
 
 /// train::plan of it; "memory" has "teachers" (bytes of their own; 0 where the student's base teaches), "teachers" one entry each.
-Json plan(const DistillConfig& config, bool probe = true);
+Json plan(const DistillConfig& config, bool probe = true, int num_ranks = 1);
 
 }  // namespace alambic::distill

@@ -80,6 +80,29 @@ MemoryEstimate estimate_memory(models::Decoder& decoder, std::uint64_t optimizer
   return estimate;
 }
 
+std::uint64_t bytes_of_blocks(models::Decoder& decoder) {
+  std::uint64_t bytes = 0;
+  for (const models::NamedLinear& named : decoder.linears())
+    if (named.layer >= 0) bytes += named.linear->quantized ? named.linear->quantized->num_bytes() : named.linear->weight_OI.nbytes();
+  return bytes;
+}
+
+MemoryEstimate shared_by(const MemoryEstimate& whole, models::Decoder& decoder, const TrainConfig& config, int num_ranks) {
+  MemoryEstimate of_rank = whole;
+  if (!config.ranks.shard || num_ranks == 1) return of_rank;
+  if (config.method == "full") {
+    of_rank.optimizer /= static_cast<std::uint64_t>(num_ranks);
+    return of_rank;
+  }
+  const auto group = static_cast<std::uint64_t>(config.ranks.shard_group > 0 ? config.ranks.shard_group : num_ranks);
+  const std::uint64_t blocks = bytes_of_blocks(decoder), two_blocks = 2 * blocks / decoder.blocks.size();
+  std::uint64_t dense = 0;  // as where a base is quantised, whose buffer is counted already
+  for (const models::NamedLinear& named : decoder.linears())
+    if (named.layer >= 0 && !named.linear->quantized) dense = std::max(dense, 2 * static_cast<std::uint64_t>(named.linear->weight_OI.nbytes()));
+  of_rank.weights = whole.weights - blocks + blocks / group + two_blocks + dense;
+  return of_rank;
+}
+
 MemoryEstimate estimate_reading_memory(models::Decoder& decoder, std::int64_t batch_tokens) {
   MemoryEstimate estimate = estimate_memory(decoder, 0, batch_tokens);
   estimate.activations = static_cast<std::uint64_t>(static_cast<double>(batch_tokens) * work_per_token(decoder));

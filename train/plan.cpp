@@ -58,10 +58,12 @@ double probe_seconds(const LossSum& loss_sum, const data::Batch& batch, Optimize
   return seconds;
 }
 
-Json plan(const TrainConfig& config, bool probe) { return plan(config, probe, text_recipe(config)); }
+Json plan(const TrainConfig& config, bool probe, int num_ranks) { return plan(config, probe, text_recipe(config), num_ranks); }
 
-Json plan(const TrainConfig& given, bool probe, const Recipe& recipe) {
+Json plan(const TrainConfig& given, bool probe, const Recipe& recipe, int num_ranks) {
   const TrainConfig config = with_device(with_token_ids(given));
+  require_sharing(config, recipe, num_ranks);
+  const std::int64_t context = config.ranks.context;
   use_threads(config);
   const at::Device device = device_of(config, {});
   const OnDevice on_device(device, config.deterministic);
@@ -75,7 +77,7 @@ Json plan(const TrainConfig& given, bool probe, const Recipe& recipe) {
   std::vector<models::NamedTensor> trained_tensors = lora::trainable(decoder);
   const LossSum loss_sum = recipe.loss(decoder, inputs, trained_tensors);
   const std::unique_ptr<Optimizer> optimizer = make_optimizer(trained_tensors, config.optimizer);
-  data::BatchStream batches(stream_config(config), static_cast<std::uint32_t>(inputs.model.vocabulary_size));
+  data::BatchStream batches(stream_config(config), static_cast<std::uint32_t>(inputs.model.vocabulary_size), 0, static_cast<int>(num_ranks / context));
   const Sampler sampler(config, decoder);
   require_disk(config, *optimizer, inputs.model.num_parameters());
 
@@ -86,7 +88,7 @@ Json plan(const TrainConfig& given, bool probe, const Recipe& recipe) {
   if (!note.empty()) warnings.push_back(note);
 
   const auto parameters = static_cast<std::uint64_t>(inputs.model.num_parameters()), trained = static_cast<std::uint64_t>(optimizer->num_parameters() - parameters_beside(*optimizer));
-  const MemoryEstimate memory = estimate_memory(decoder, static_cast<std::uint64_t>(optimizer->state_bytes()), config.data.row_length * config.data.rows_per_batch);
+  const MemoryEstimate memory = shared_by(estimate_memory(decoder, static_cast<std::uint64_t>(optimizer->state_bytes()), config.data.row_length * config.data.rows_per_batch / context), decoder, config, num_ranks);
   const std::uint64_t besides = recipe.memory ? recipe.memory() : 0, total = memory.total() + besides, available = device.is_cpu() ? available_memory() : parallel::gpus().memory.front();
   if (available > 0 && total > available)
     warnings.push_back("memory: about " + std::to_string(total >> 20) + " MiB are needed, " + std::to_string(available >> 20) +
@@ -94,9 +96,10 @@ Json plan(const TrainConfig& given, bool probe, const Recipe& recipe) {
 
   Json time = nullptr;
   if (probe) {
-    const double rate = static_cast<double>(first_step.front().tokens_T.numel()) / probe_seconds(loss_sum, first_step.front(), *optimizer);
+    // Each rank is thought to compute as this process does, one after the other of its micro-batches.
+    const double seconds = probe_seconds(loss_sum, first_step.front(), *optimizer), rate = static_cast<double>(first_step.front().tokens_T.numel()) / seconds * num_ranks;
     time = {{"tokens_per_second", rate}, {"seconds", static_cast<double>(steps) * step_tokens / rate}, {"measured", true},
-            {"note", "steps only; evaluations, samples and checkpoints come on top"}, {"probe_peak_memory", process_memory().peak}};
+            {"note", num_ranks == 1 ? "steps only; evaluations, samples and checkpoints come on top" : "steps only, by ranks of which each computes as fast as this process; what they send, evaluations, samples and checkpoints come on top"}, {"probe_peak_memory", process_memory().peak}};
   }
   const std::uint64_t checkpoint = checkpoint_bytes(config, *optimizer, inputs.model.num_parameters());
   Json result = {{"steps", steps},
@@ -112,6 +115,14 @@ Json plan(const TrainConfig& given, bool probe, const Recipe& recipe) {
           {"disk", {{"checkpoint", checkpoint}, {"total", checkpoint * static_cast<std::uint64_t>(config.checkpoint.keep + 2)}, {"free", free_bytes(config.output)}}},
           {"licence", licence_verdict(config, inputs)},
           {"warnings", warnings}};
+  if (num_ranks > 1) {
+    double gradients = 0;
+    for (const Trained& one : optimizer->trained()) gradients += static_cast<double>(one.tensor.nbytes());
+    // A sum is an all-to-all and a gather, and so is what ranks that share moments send; a shared block is gathered for each pass.
+    const double others = (num_ranks - 1.0) / num_ranks, group = static_cast<double>(config.ranks.shard_group > 0 ? config.ranks.shard_group : num_ranks);
+    const double gathered = config.ranks.shard && config.method == "lora" ? 2 * static_cast<double>(bytes_of_blocks(decoder)) * (group - 1) / group * static_cast<double>(first_step.size()) : 0;
+    result["ranks"] = {{"size", num_ranks}, {"micro_batches_each", first_step.size()}, {"gradient_bytes", static_cast<std::uint64_t>(gradients)}, {"bytes_received_a_step", static_cast<std::uint64_t>(2 * gradients * others + gathered)}};
+  }
   if (!inputs.contributors.empty()) result["memory"]["teachers"] = besides, result["teachers"] = describe_contributors(inputs);
   return result;
 }

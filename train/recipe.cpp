@@ -132,8 +132,6 @@ std::optional<Progress> share_start(const LoopParts& parts, std::optional<Progre
 std::optional<checkpoints::Sharing> sharing_of(const TrainConfig& config, parallel::Communicator& ranks) {
   if (!config.ranks.shard || config.method != "lora" || ranks.size() == 1) return std::nullopt;
   const auto group = static_cast<int>(config.ranks.shard_group);
-  if (group > 0 && ranks.size() % group != 0)
-    fail(ErrorKind::kUsage, "ranks.shard_group: ", ranks.size(), " ranks are no whole number of groups of ", group, Remedy{"use a divisor of the number of ranks, or 0 for one group of all"});
   return checkpoints::Sharing{ranks, group > 0 ? group : ranks.size()};
 }
 
@@ -147,19 +145,6 @@ void share_rows(models::Decoder& decoder, const std::string& not_fused, parallel
   decoder.context = {.ranks = &ranks, .size = context, .member = ranks.rank() % context};
 }
 
-/// What a number of ranks cannot do; said before they meet.
-void require_sharing(const TrainConfig& config, const Recipe& recipe, int num_ranks) {
-  const std::int64_t context = config.ranks.context;
-  if (context == 1) return;
-  if (!recipe.shares_rows) fail(ErrorKind::kUsage, "ranks.context: ", recipe.verb, " computes each row on one rank", Remedy{"use ranks.context: 1; its ranks share micro-batches"});
-  if (num_ranks % context != 0)
-    fail(ErrorKind::kUsage, "ranks.context: ", context, " ranks are to share each row, but ", num_ranks, num_ranks == 1 ? " rank was started" : " ranks were started",
-         Remedy{"start a multiple of ranks.context (alambic launch -n N), or set a ranks.context that divides " + std::to_string(num_ranks)});
-  if (const std::int64_t groups = num_ranks / context; config.data.batches_per_step % groups != 0)
-    fail(ErrorKind::kUsage, "data.batches_per_step: ", config.data.batches_per_step, " micro-batches cannot be shared evenly by ", groups, " groups of ", context, " ranks (ranks.context)",
-         Remedy{"make it a multiple of " + std::to_string(groups)});
-}
-
 TrainReport run_ranks(const TrainConfig& config, bool resume, const std::function<bool()>& stop_requested, const Recipe& recipe, parallel::Communicator& ranks, const parallel::LaunchEnvironment& environment) {
   const at::Device device = recipe.device ? *recipe.device : device_of(config, environment);
   const OnDevice on_device(device, config.deterministic);
@@ -167,7 +152,6 @@ TrainReport run_ranks(const TrainConfig& config, bool resume, const std::functio
     fail(ErrorKind::kUsage, "ranks.shard: ranks share weights and moments in the memory of processors alone, and this run computes on ", device.str(), Remedy{"use ranks.shard: false, or device: cpu"});
   const NotesOfRank0 notes(ranks);
   const bool is_first = ranks.rank() == 0;
-  if (config.deterministic) require_tree(ranks.size());
   std::optional<RunFolder> held;  // rank 0 alone reads and writes it
   if (is_first) {
     held.emplace(config.output);
@@ -233,12 +217,26 @@ TrainReport run_ranks(const TrainConfig& config, bool resume, const std::functio
 
 }  // namespace
 
+void require_sharing(const TrainConfig& config, const Recipe& recipe, int num_ranks) {
+  if (config.deterministic) require_tree(num_ranks);
+  if (const std::int64_t group = config.ranks.shard_group; group > 0 && num_ranks > 1 && num_ranks % group != 0)
+    fail(ErrorKind::kUsage, "ranks.shard_group: ", num_ranks, " ranks are no whole number of groups of ", group, Remedy{"use a divisor of the number of ranks, or 0 for one group of all"});
+  const std::int64_t context = config.ranks.context;
+  if (context > 1 && !recipe.shares_rows) fail(ErrorKind::kUsage, "ranks.context: ", recipe.verb, " computes each row on one rank", Remedy{"use ranks.context: 1; its ranks share micro-batches"});
+  if (num_ranks % context != 0)
+    fail(ErrorKind::kUsage, "ranks.context: ", context, " ranks are to share each row, but ", num_ranks, num_ranks == 1 ? " rank was started" : " ranks were started",
+         Remedy{"start a multiple of ranks.context (alambic launch -n N), or set a ranks.context that divides " + std::to_string(num_ranks)});
+  if (const std::int64_t groups = num_ranks / context; config.data.batches_per_step % groups != 0)
+    fail(ErrorKind::kUsage, "data.batches_per_step: ", config.data.batches_per_step, " micro-batches cannot be shared evenly by ", groups, context == 1 ? " ranks" : " groups of " + std::to_string(context) + " ranks (ranks.context)",
+         Remedy{"make it a multiple of " + std::to_string(groups)});
+}
+
 TrainReport run_recipe(const TrainConfig& given, bool resume, const std::function<bool()>& stop_requested, const Recipe& recipe) {
   check(given);
   const TrainConfig config = with_device(with_token_ids(given));
   use_threads(config);
   const parallel::LaunchEnvironment environment = parallel::launch_environment();
-  require_sharing(config, recipe, environment.size);
+  require_sharing(config, recipe, environment.size);  // before they meet
   const auto ranks = parallel::connect(environment, {.timeout_seconds = config.ranks.timeout, .connect_timeout_seconds = config.ranks.connect_timeout});
   try {
     TrainReport report = run_ranks(config, resume, stop_requested, recipe, *ranks, environment);

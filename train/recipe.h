@@ -38,6 +38,9 @@ struct Recipe {
 /// finetune() with another loss.
 TrainReport run_recipe(const TrainConfig& config, bool resume, const std::function<bool()>& stop_requested, const Recipe& recipe);
 
+/// Error(kUsage) for what a number of ranks cannot do with this config.
+void require_sharing(const TrainConfig& config, const Recipe& recipe, int num_ranks);
+
 /// Cross-entropy on the kept tokens: what finetune() trains by.
 Recipe text_recipe(const TrainConfig& config);
 

@@ -463,6 +463,16 @@ TEST_F(CommandLine, ARunFromPlanToMerge) {
   EXPECT_EQ(planned["steps"], 2);
   EXPECT_FALSE(fs::exists(run)) << "plan wrote something";
   EXPECT_EQ(call({"plan", config, "--no-probe"}).code, 0);
+  const auto of_ranks = [&](const char* ranks, const char* set) { return object_of(call({"plan", config, "--json", "--no-probe", "-n", ranks, "--set", "data.batches_per_step=4", "--set", set})); };
+  const Json of_one = of_ranks("1", "ranks.shard=true"), of_two = of_ranks("2", "ranks.shard=false"), sharing = of_ranks("2", "ranks.shard=true");
+  EXPECT_FALSE(of_one.contains("ranks"));
+  EXPECT_EQ(of_two["ranks"], (Json{{"size", 2}, {"micro_batches_each", 2}, {"gradient_bytes", of_two["ranks"]["gradient_bytes"]}, {"bytes_received_a_step", of_two["ranks"]["gradient_bytes"]}}));
+  EXPECT_GT(of_two["ranks"]["gradient_bytes"], 0);
+  for (const char* same : {"steps", "tokens", "tokens_per_step"}) EXPECT_EQ(of_two[same], of_one[same]) << same;
+  EXPECT_EQ(of_two["memory"], of_one["memory"]);
+  EXPECT_GT(sharing["ranks"]["bytes_received_a_step"], of_two["ranks"]["bytes_received_a_step"]);
+  EXPECT_NE(sharing["memory"]["weights"], of_two["memory"]["weights"]);
+  EXPECT_TRUE(refuses({"plan", config, "--no-probe", "-n", "3", "--set", "data.batches_per_step=4"}, 2, "data.batches_per_step: 4 micro-batches cannot be shared evenly by 3 ranks"));
 
   const Outcome trained = call({"train", config, "--json"});
   const Json report = object_of(trained);
