@@ -27,6 +27,7 @@
 #include <cstdio>
 #include <fstream>
 #include <iostream>
+#include <optional>
 #include <span>
 
 #include "bench/collectives.h"
@@ -44,6 +45,7 @@
 #include "models/allocation.h"
 #include "models/fused_blocks.h"
 #include "models/product.h"
+#include "models/sharded_blocks.h"
 #include "parallel/communicator.h"
 #include "parallel/connect.h"
 #include "train/cross_entropy.h"
@@ -287,12 +289,12 @@ double flops_of_a_step(models::Decoder& decoder, const data::Batch& batch) {
   return flops;
 }
 
-// What a step is made of: "rows=4 length=512 documents=512 labels=1 method=lora optimizer=adamw memory=store steps=3 batches=1", any of them; batches are the
-// micro-batches of all ranks, which share them. With teacher=copy
+// What a step is made of: "rows=4 length=512 documents=512 labels=1 method=lora optimizer=adamw memory=store steps=3 batches=1 shard=0", any of them; batches are
+// the micro-batches of all ranks, which share them, and with shard=1 the base or the moments too (ranks.shard). With teacher=copy
 // the loss is the forward KL to the same model loaded once more, with teacher=base to the student's own base, with teacher=sampled to 12
 // draws a token of that base, packed as a cache holds them and unpacked in every step.
 struct StepCase {
-  std::int64_t rows = 4, length = 512, documents = 0, steps = 3, batches = 1;
+  std::int64_t rows = 4, length = 512, documents = 0, steps = 3, batches = 1, shard = 0;
   double labels = 1;
   std::string method = "lora", memory = "store", quantize = "none", optimizer = "adamw", teacher = "none", objective = "forward_kl";
 };
@@ -306,6 +308,7 @@ StepCase step_case(std::span<const std::string> words) {
     else if (key == "documents") wanted.documents = std::stoll(value);
     else if (key == "steps") wanted.steps = std::stoll(value);
     else if (key == "batches") wanted.batches = std::stoll(value);
+    else if (key == "shard") wanted.shard = std::stoll(value);
     else if (key == "labels") wanted.labels = std::stod(value);
     else if (key == "method") wanted.method = value;
     else if (key == "memory") wanted.memory = value;
@@ -368,15 +371,18 @@ Json step(const std::filesystem::path& model, at::ScalarType type, const StepCas
   train::TrainConfig config;
   config.method = wanted.method;
   config.memory = wanted.memory;
-  models::Decoder decoder = checkpoints::load_decoder(model, type, {.format = wanted.quantize});
+  const std::unique_ptr<parallel::Communicator> ranks = connect_ranks();
+  const bool shares = wanted.shard != 0 && ranks->size() > 1;
+  std::optional<checkpoints::Sharing> base_sharing;
+  if (shares && wanted.method == "lora") base_sharing.emplace(*ranks, ranks->size());
+  models::Decoder decoder = checkpoints::load_decoder(model, type, {.format = wanted.quantize}, checkpoints::Linears::kDense, base_sharing);
   const models::Decoder outside = wanted.teacher == "base" || wanted.teacher == "sampled" ? distill::outside_of_linears(decoder) : models::Decoder();
   if (wanted.method == "lora") lora::attach(decoder, {.rank = 16, .alpha = 32}, /*seed=*/1);
   else lora::train_everything(decoder);
   config.data.row_length = wanted.length;
   config.data.rows_per_batch = wanted.rows;
   train::prepare_blocks(decoder, config);
-  const std::unique_ptr<train::Optimizer> optimizer = train::make_optimizer(lora::trainable(decoder), {.kind = wanted.optimizer});
-  const std::unique_ptr<parallel::Communicator> ranks = connect_ranks();
+  const std::unique_ptr<train::Optimizer> optimizer = train::make_optimizer(lora::trainable(decoder), {.kind = wanted.optimizer}, shares && wanted.method == "full" ? ranks.get() : nullptr);
   if (wanted.batches % ranks->size() != 0) fail(ErrorKind::kUsage, "step: ", wanted.batches, " batches among ", ranks->size(), " ranks");
   const data::Batch batch = batch_of(wanted, decoder.config.vocabulary_size);
   const std::vector<data::Batch> own_batches(static_cast<std::size_t>(wanted.batches / ranks->size()), batch);
@@ -423,16 +429,17 @@ Json step(const std::filesystem::path& model, at::ScalarType type, const StepCas
     return train::cross_entropy_sum(decoder.hidden_TD(train::input_of(own, seed)), decoder.head, own.targets_T, own.keep_T, seed);
   };
   const double planned = train::probe_seconds(loss_sum, batch, *optimizer);
+  if (decoder.shards) decoder.shards->end_common_pass();
   double gradient_bytes = 0;
   for (const models::NamedTensor& tensor : lora::trainable(decoder)) gradient_bytes += static_cast<double>(tensor.tensor->nbytes());
   std::vector<double> losses, seconds, in_calls;
   for (int i = 0; i < 1 + wanted.steps; ++i) {  // the first one makes the optimiser's state
     const Stopwatch watch;
     const double before = ranks->seconds_in_calls();
-    losses.push_back(train::step(own_batches, loss_sum, *optimizer, 2e-4, 1.0, /*dropout_seed=*/1, *ranks).nats_per_token);
+    losses.push_back(train::step(own_batches, loss_sum, *optimizer, 2e-4, 1.0, /*dropout_seed=*/1, *ranks, {}, train::Order::kAsTheyCome, {}, /*context=*/1, decoder.shards.get()).nats_per_token);
     if (i > 0) seconds.push_back(watch.seconds()), in_calls.push_back(ranks->seconds_in_calls() - before);
   }
-  const double peak = resident("VmHWM");
+  const double peak = resident("VmHWM"), own = peak - resident("RssFile");  // without pages of files, which ranks of a machine share
   std::vector<double> sums_alone;  // the same gradients' sizes while nobody computes
   for (int i = 0; i < 4; ++i) {
     ranks->barrier("before a sum alone");
@@ -441,7 +448,7 @@ Json step(const std::filesystem::path& model, at::ScalarType type, const StepCas
     if (i > 0) sums_alone.push_back(ranks->seconds_in_calls() - before);
   }
   const double median = median_of(seconds);
-  return {{"value", num_tokens / median}, {"unit", "tokens/s"}, {"peak_memory_gb", peak}, {"estimated_memory_gb", static_cast<double>(estimate.total()) / 1e9},
+  return {{"value", num_tokens / median}, {"unit", "tokens/s"}, {"peak_memory_gb", peak}, {"own_memory_gb", own}, {"estimated_memory_gb", static_cast<double>(estimate.total()) / 1e9},
           {"flops_of_a_step", flops_of_a_step(decoder, batch) * static_cast<double>(wanted.batches)}, {"seconds", median}, {"planned_seconds", planned * static_cast<double>(own_batches.size())},
           {"gradient_bytes", gradient_bytes}, {"seconds_in_calls", median_of(in_calls)}, {"seconds_of_sums_alone", median_of(sums_alone)}, {"losses", losses}};
 }

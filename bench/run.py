@@ -328,6 +328,8 @@ def merge_case(rounds, threads):
 
 # (name, its words, numbers of micro-batches of all ranks): steps of a data-parallel run.
 RANK_STEPS = [("lora_1x512", "rows=1 length=512", (2,)), ("full_1x128", "rows=1 length=128 method=full", (2, 8))]
+# What each rank holds when 1, 2 and 4 share a base or moments.
+SHARED_STEPS = [("lora_1x128", "rows=1 length=128 memory=mlp"), ("qlora_nf4_1x128", "rows=1 length=128 memory=mlp quantize=nf4"), ("full_1x128", "rows=1 length=128 memory=mlp method=full")]
 CALLS = ("sum", "all_gather", "reduce_scatter", "broadcast")
 
 
@@ -369,6 +371,13 @@ def ranks_case(rounds, threads, most=2):
             hidden = {"hidden_share": max(0.0, 1 - min(each["seconds_in_calls"] for each in found) / min(each["seconds_of_sums_alone"] for each in found))} if ranks > 1 else {}
             yield outcome(f"ranks_{name}_{batches}_batches_of_{ranks}", "tokens/s", [each["value"] for each in found],
                           times_of_one_rank=max(each["value"] for each in found) / max(each["value"] for each in together[1, batches]), simulated_seconds=said, simulated_share=said / run["seconds"], **hidden, run=run)
+
+    for name, words in SHARED_STEPS:
+        for shard in (0, 1):
+            for ranks in (1, 2, 4) if shard else (1, 2):
+                found = run_ranks([OURS, "step", folder, "f32", *words.split(), "steps=1", "batches=4", f"shard={shard}"], ranks)  # once: memory does not vary
+                yield outcome(f"ranks_memory_{name}_of_{ranks}" + ("_sharing" if shard else ""), "GB", [found["own_memory_gb"]], tokens_per_second=found["value"],
+                              note="peak resident memory of rank 0 without the pages of files, which ranks share; one thread a rank")
 
 
 CASES = {"prepare": prepare_case, "batch_stream": batch_stream_case, "teacher_cache": teacher_cache_case, "load": load_case, "train_step": train_step_case,
