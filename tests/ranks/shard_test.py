@@ -53,6 +53,16 @@ class Shard(unittest.TestCase):
                     self.scene.train(run, *settings, *SHARD, ranks=ranks)
                     self.assertEqual(self.scene.fingerprint(run), self.scene.fingerprint(kind), run)
 
+    def test_ranks_that_share_rows_share_the_base_and_moments_too(self):
+        rows = setting(data__row_length="256", ranks__context="2", limits__max_steps="8")
+        groups, full = setting(ranks__shard_group="2"), setting(method="full", schedule__learning_rate="1e-3")
+        for kind, ranks, both, shared in (("base", 2, (), ()), ("groups", 4, (), groups), ("again", 2, setting(memory="block"), ()), ("moments", 2, full, ())):
+            with self.subTest(kind):
+                self.scene.train(f"rows-{kind}", *rows, *both, ranks=ranks)
+                self.scene.train(f"rows-{kind}-shared", *rows, *both, *SHARD, *shared, ranks=ranks)
+                for name in ("metrics.jsonl", "checkpoint-8/state.safetensors"):
+                    self.assertEqual(*[(self.scene.root / run / name).read_bytes() for run in (f"rows-{kind}", f"rows-{kind}-shared")], name)
+
     def test_a_full_fine_tune_shares_its_moments(self):
         names = ("metrics.jsonl", "checkpoint-8/state.safetensors", "weights/model.safetensors")
         for kind in ("adamw", "adamw8bit"):
