@@ -3,8 +3,11 @@
 #include "models/token_rows.h"
 
 #include <ATen/ops/arange.h>
+#include <ATen/ops/embedding_dense_backward.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/randn.h>
+#include <ATen/ops/tensor.h>
 #include <gtest/gtest.h>
 
 #include "checkpoints/hf_folder.h"
@@ -132,6 +135,21 @@ TEST(TokenRowTraining, RefusesContradictions) {
   models::Decoder decoder = checkpoints::load_decoder(golden_path("peft/llama_untied"), at::kFloat);
   EXPECT_NO_THROW(lora::attach(decoder, {.targets = {"q_proj", "lm_head"}, .trainable_tokens = {"5"}}, 1));
   set_log_sink(old);
+}
+
+TEST(TokenRows, OfALookUpAreAddedToTheGradientThatTheTableHas) {
+  const at::Tensor tokens_T = at::tensor({3, 1, 3, 0, 8, 1, 3, 0}, at::kLong), d_TD = at::randn({8, 5}), before_VD = at::randn({9, 5});
+  for (const std::int64_t pad_id : {-1, 0}) {
+    const at::Tensor table_VD = at::randn({9, 5}).set_requires_grad(true), expected_VD = at::embedding_dense_backward(d_TD, tokens_T, 9, pad_id, false);
+    const auto look_up = [&] { models::embedded_TD(table_VD, {}, {}, tokens_T, pad_id).backward(d_TD); };
+    look_up();
+    EXPECT_TRUE(table_VD.grad().equal(expected_VD)) << pad_id;
+    table_VD.mutable_grad() = before_VD.clone();  // as a head that shares the table leaves it
+    const void* const place = table_VD.grad().const_data_ptr();
+    look_up();
+    EXPECT_TRUE(table_VD.grad().equal(before_VD + expected_VD)) << pad_id;
+    EXPECT_EQ(table_VD.grad().const_data_ptr(), place) << "a second gradient as large as the table";
+  }
 }
 
 }  // namespace
