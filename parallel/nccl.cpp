@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "parallel/group_transport.h"
 
 namespace alambic::parallel {
 namespace {
@@ -42,39 +43,21 @@ class NcclTransfer : public Transfer {
   std::vector<at::Tensor> tensors_;
 };
 
-class Nccl : public Transport {
+c10::intrusive_ptr<c10d::Backend> nccl_group(const c10::intrusive_ptr<c10d::Store>& store, int rank, int size) {
+  // c10d's own watchers end the process in their own way and time; who is lost, and the exit code, are said by parallel/watch.h. Errors still
+  // arrive in isCompleted().
+  for (const auto& [name, value] : {std::pair{"TORCH_NCCL_ASYNC_ERROR_HANDLING", "0"}, {"TORCH_NCCL_ENABLE_MONITORING", "0"}, {"TORCH_NCCL_DUMP_ON_TIMEOUT", "0"}}) ::setenv(name, value, /*overwrite=*/1);
+  const auto options = c10d::ProcessGroupNCCL::Options::create();
+  options->timeout = kNever;
+  return c10::make_intrusive<c10d::ProcessGroupNCCL>(store, rank, size, options);
+}
+
+class Nccl : public GroupTransport {
  public:
-  Nccl(const c10::intrusive_ptr<c10d::Store>& store, int rank, int size) {
-    // c10d's own watchers end the process in their own way and time; who is lost, and the exit code, are said by parallel/watch.h. Errors still
-    // arrive in isCompleted().
-    for (const auto& [name, value] : {std::pair{"TORCH_NCCL_ASYNC_ERROR_HANDLING", "0"}, {"TORCH_NCCL_ENABLE_MONITORING", "0"}, {"TORCH_NCCL_DUMP_ON_TIMEOUT", "0"}}) ::setenv(name, value, /*overwrite=*/1);
-    const auto options = c10d::ProcessGroupNCCL::Options::create();
-    options->timeout = kNever;
-    group_ = c10::make_intrusive<c10d::ProcessGroupNCCL>(store, rank, size, options);
-  }
-  std::unique_ptr<Transfer> all_to_all(at::Tensor out, at::Tensor in) override {
-    at::Tensor flat_out = out.view(-1), flat_in = in.view(-1);
-    std::vector<std::int64_t> even;
-    return started(group_->all_to_all_single(flat_out, flat_in, even, even), {out, in});
-  }
-  std::unique_ptr<Transfer> all_gather(at::Tensor out, at::Tensor in) override {
-    at::Tensor flat_out = out.view(-1), flat_in = in.view(-1);
-    return started(group_->all_gather_single(flat_out, flat_in), {out, in});
-  }
-  std::unique_ptr<Transfer> exchange(at::Tensor out, int from, at::Tensor in, int to) override {
-    std::vector<std::int64_t> received(static_cast<std::size_t>(group_->getSize()), 0), sent = received;
-    received.at(static_cast<std::size_t>(from)) = out.numel();
-    sent.at(static_cast<std::size_t>(to)) = in.numel();
-    return started(group_->all_to_all_single(out, in, received, sent), {out, in});
-  }
-  std::unique_ptr<Transfer> broadcast(at::Tensor tensor, int root) override {
-    std::vector<at::Tensor> tensors = {tensor};
-    return started(group_->broadcast(tensors, {.rootRank = root}), tensors);
-  }
+  explicit Nccl(c10::intrusive_ptr<c10d::Backend> group) : GroupTransport(std::move(group)) {}
 
  private:
-  c10::intrusive_ptr<c10d::Backend> group_;
-  static std::unique_ptr<Transfer> started(c10::intrusive_ptr<c10d::Work> work, std::vector<at::Tensor> tensors) {
+  std::unique_ptr<Transfer> started(c10::intrusive_ptr<c10d::Work> work, std::vector<at::Tensor> tensors) override {
     return std::make_unique<NcclTransfer>(std::move(work), std::move(tensors));
   }
 };
@@ -108,7 +91,7 @@ Gpus gpus() {
 std::unique_ptr<Transport> nccl_transport(c10d::Store& store, int rank, int size) {
   if (const Gpus found = gpus(); found.seen.empty())
     fail(ErrorKind::kResource, "tensors on GPUs are to be sent to other ranks, but there is no GPU: ", found.why_none, Remedy{"nvidia-smi lists what the driver sees"});
-  return std::make_unique<Nccl>(c10::intrusive_ptr<c10d::Store>::reclaim_copy(&store), rank, size);
+  return std::make_unique<Nccl>(nccl_group(c10::intrusive_ptr<c10d::Store>::reclaim_copy(&store), rank, size));
 }
 
 }  // namespace alambic::parallel

@@ -14,8 +14,8 @@
 #include <utility>
 
 #include "core/error.h"
+#include "parallel/group_transport.h"
 #include "parallel/nccl.h"
-#include "parallel/transport.h"
 
 namespace alambic::parallel {
 namespace {
@@ -72,39 +72,21 @@ class Several : public Transfer {
   return c10::make_intrusive<c10d::ProcessGroupGloo>(store, environment.rank, environment.size, options);
 }
 
-class Gloo : public Transport {
+class Gloo : public GroupTransport {
  public:
-  explicit Gloo(c10::intrusive_ptr<c10d::Backend> group) : group_(std::move(group)) { group_->setTimeout(kNever); }
-  std::unique_ptr<Transfer> all_to_all(at::Tensor out, at::Tensor in) override {
-    at::Tensor flat_out = out.view(-1), flat_in = in.view(-1);
-    std::vector<std::int64_t> even;
-    return started(group_->all_to_all_single(flat_out, flat_in, even, even), {out, in});
-  }
+  explicit Gloo(c10::intrusive_ptr<c10d::Backend> group) : GroupTransport(std::move(group)) { group_->setTimeout(kNever); }
   std::unique_ptr<Transfer> all_gather(at::Tensor out, at::Tensor in) override {
-    if (in.nbytes() >= kLargeBytes) {
-      // Gloo would gather into a tensor of its own first, which takes the memory of all parts once more.
-      std::vector<std::unique_ptr<Transfer>> parts;
-      out.view({group_->getSize(), -1})[group_->getRank()].copy_(in.view(-1));
-      for (int rank = 0; rank < group_->getSize(); ++rank) parts.push_back(broadcast(out.view({group_->getSize(), -1})[rank], rank));
-      return std::make_unique<Several>(std::move(parts));
-    }
-    at::Tensor flat_out = out.view(-1), flat_in = in.view(-1);
-    return started(group_->all_gather_single(flat_out, flat_in), {out, in});
-  }
-  std::unique_ptr<Transfer> exchange(at::Tensor out, int from, at::Tensor in, int to) override {
-    std::vector<std::int64_t> received(static_cast<std::size_t>(group_->getSize()), 0), sent = received;
-    received.at(static_cast<std::size_t>(from)) = out.numel();
-    sent.at(static_cast<std::size_t>(to)) = in.numel();
-    return started(group_->all_to_all_single(out, in, received, sent), {out, in});
-  }
-  std::unique_ptr<Transfer> broadcast(at::Tensor tensor, int root) override {
-    std::vector<at::Tensor> tensors = {tensor};
-    return started(group_->broadcast(tensors, {.rootRank = root}), tensors);
+    if (in.nbytes() < kLargeBytes) return GroupTransport::all_gather(out, in);
+    // Gloo would gather into a tensor of its own first, which takes the memory of all parts once more.
+    std::vector<std::unique_ptr<Transfer>> parts;
+    const at::Tensor all = out.view({group_->getSize(), -1});
+    all[group_->getRank()].copy_(in.view(-1));
+    for (int rank = 0; rank < group_->getSize(); ++rank) parts.push_back(broadcast(all[rank], rank));
+    return std::make_unique<Several>(std::move(parts));
   }
 
  private:
-  c10::intrusive_ptr<c10d::Backend> group_;
-  static std::unique_ptr<Transfer> started(c10::intrusive_ptr<c10d::Work> work, std::vector<at::Tensor> tensors) {
+  std::unique_ptr<Transfer> started(c10::intrusive_ptr<c10d::Work> work, std::vector<at::Tensor> tensors) override {
     return std::make_unique<GlooTransfer>(std::move(work), std::move(tensors));
   }
 };
