@@ -114,6 +114,8 @@ std::string prepare_blocks(models::Decoder& decoder, const TrainConfig& config, 
   if (!reason.empty()) {
     if (config.memory == "mlp" || config.memory == "block")
       fail(ErrorKind::kUsage, "memory: ", config.memory, " needs the fused blocks, which cannot be used: ", reason, Remedy{"use memory: auto"});
+    if (config.ranks.context > 1)
+      fail(ErrorKind::kUsage, "ranks.context: rows are shared by the fused blocks alone, which cannot be used: ", reason, Remedy{"use ranks.context: 1"});
     log_info("blocks: ATen operators, as ", reason);
     return reason;
   }

@@ -137,9 +137,7 @@ std::optional<checkpoints::Sharing> sharing_of(const TrainConfig& config, parall
 
 /// From now on `context` ranks compute each row together. Which of them keeps what between the passes is the same on all ranks, since attention
 /// that is computed again speaks to the others again.
-void share_rows(models::Decoder& decoder, const std::string& not_fused, parallel::Communicator& ranks, int context) {
-  if (!not_fused.empty())
-    fail(ErrorKind::kUsage, "ranks.context: rows are shared by the fused blocks alone, which cannot be used: ", not_fused, Remedy{"use ranks.context: 1"});
+void share_rows(models::Decoder& decoder, parallel::Communicator& ranks, int context) {
   const at::Tensor own = at::empty({1}, at::kLong).fill_(static_cast<std::int64_t>(decoder.keep));
   decoder.keep = static_cast<models::Keep>(ranks.all_gather(own, "memory policy").max().item<std::int64_t>());
   decoder.context = {.ranks = &ranks, .size = context, .member = ranks.rank() % context};
@@ -148,8 +146,6 @@ void share_rows(models::Decoder& decoder, const std::string& not_fused, parallel
 TrainReport run_ranks(const TrainConfig& config, bool resume, const std::function<bool()>& stop_requested, const Recipe& recipe, parallel::Communicator& ranks, const parallel::LaunchEnvironment& environment) {
   const at::Device device = recipe.device ? *recipe.device : device_of(config, environment);
   const OnDevice on_device(device, config.deterministic);
-  if (!device.is_cpu() && config.ranks.shard)
-    fail(ErrorKind::kUsage, "ranks.shard: ranks share weights and moments in the memory of processors alone, and this run computes on ", device.str(), Remedy{"use ranks.shard: false, or device: cpu"});
   const NotesOfRank0 notes(ranks);
   const bool is_first = ranks.rank() == 0;
   std::optional<RunFolder> held;  // rank 0 alone reads and writes it
@@ -168,9 +164,9 @@ TrainReport run_ranks(const TrainConfig& config, bool resume, const std::functio
   if (!device.is_cpu()) models::move_to(decoder, device);
   if (recipe.see_base) recipe.see_base(decoder);
   make_trainable(decoder, config);
-  const std::string not_fused = prepare_blocks(decoder, config, recipe.not_fused, environment.local_size);
+  prepare_blocks(decoder, config, recipe.not_fused, environment.local_size);
   const auto context = static_cast<int>(config.ranks.context);
-  if (context > 1) share_rows(decoder, not_fused, ranks, context);
+  if (context > 1) share_rows(decoder, ranks, context);
   std::vector<models::NamedTensor> trained = lora::trainable(decoder);
   const LossSum loss_sum = recipe.loss(decoder, inputs, trained);
   const std::unique_ptr<Optimizer> optimizer = make_optimizer(trained, config.optimizer, config.ranks.shard && config.method == "full" ? &ranks : nullptr);

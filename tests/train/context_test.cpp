@@ -187,6 +187,11 @@ TEST(SharedRows, ContradictionsAreNamed) {
   config.lora.dora = true;
   EXPECT_TRUE(testing::fails_with(ErrorKind::kUsage, "ranks.context: rows are shared by the fused blocks alone, which do not compute DoRA", [&] { check(config); }));
   config.lora.dora = false;
+  {
+    models::Decoder decoder = checkpoints::load_decoder(config.model, at::kFloat);
+    make_trainable(decoder, config);
+    EXPECT_TRUE(testing::fails_with(ErrorKind::kUsage, "ranks.context: rows are shared by the fused blocks alone, which cannot be used: the loss looks inside", [&] { prepare_blocks(decoder, config, "the loss looks inside"); }));
+  }
   // This process is one rank.
   EXPECT_TRUE(testing::fails_with(ErrorKind::kUsage, "ranks.context: 4 ranks are to share each row, but 1 rank was started", [&] { finetune(config, false, {}); }));
 }
