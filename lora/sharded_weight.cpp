@@ -82,6 +82,12 @@ ShardedWeight::ShardedWeight(std::shared_ptr<models::ShardedBlocks> blocks, std:
                              at::Tensor nested_map, float offset)
     : blocks_(std::move(blocks)), layer_(layer), weight_(weight), pieces_(std::move(pieces)), own_bytes_(own_bytes), nested_map_(std::move(nested_map)), offset_(offset) {}
 
+std::shared_ptr<const models::FrozenWeight> ShardedWeight::on(at::Device to) const {
+  auto moved = std::make_shared<ShardedWeight>(*this);
+  if (nested_map_.defined()) moved->nested_map_ = nested_map_.to(to);
+  return moved;
+}
+
 void ShardedWeight::dense_into(const at::Tensor& out_OI) const {
   check_dense(*this, out_OI);
   if (!out_OI.is_contiguous()) fail(ErrorKind::kBug, "a weight that ranks share is made dense into rows that lie apart");

@@ -49,6 +49,9 @@ class ShardedWeight final : public models::FrozenWeight {
   std::int64_t inputs() const override { return weight_.inputs; }
   std::string_view format() const override { return weight_.quantization.is_on() ? std::string_view(weight_.quantization.format) : "sharded"; }
   std::uint64_t num_bytes() const override { return static_cast<std::uint64_t>(own_bytes_); }
+  at::Device device() const override { return blocks_->device(); }
+  /// What all weights of a block share follows with models::ShardedBlocks::move_to().
+  std::shared_ptr<const models::FrozenWeight> on(at::Device to) const override;
   /// Rows must lie one behind the other. Collective, where the block's parts are not here yet: models/sharded_blocks.h.
   void dense_into(const at::Tensor& out_OI) const override;
 

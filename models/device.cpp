@@ -5,6 +5,7 @@
 
 #include "core/error.h"
 #include "models/decoder.h"
+#include "models/sharded_blocks.h"
 
 namespace alambic::models {
 
@@ -26,6 +27,7 @@ void move_to(Decoder& decoder, at::Device device) {
     if (!linear.adapter) continue;
     for (at::Tensor* const tensor : {&linear.adapter->a_RI, &linear.adapter->b_OR, &linear.adapter->magnitude_O, &linear.adapter->initial_a_RI, &linear.adapter->initial_b_OR}) move(*tensor);
   }
+  if (decoder.shards) decoder.shards->move_to(device);
 }
 
 }  // namespace alambic::models

@@ -54,6 +54,11 @@ void ShardedBlocks::end_pass(bool backward) {
   end_common_pass();
 }
 
+void ShardedBlocks::move_to(at::Device device) {
+  for (at::Tensor& part : own_) part = part.to(device);
+  for (Buffer& buffer : buffers_) buffer = {.layer = -1, .bytes = at::empty(buffer.bytes.sizes(), buffer.bytes.options().device(device)), .gather = nullptr};
+}
+
 std::uint64_t ShardedBlocks::own_bytes() const {
   std::uint64_t bytes = 0;
   for (const at::Tensor& part : own_) bytes += part.nbytes();

@@ -28,6 +28,10 @@ class ShardedBlocks {
   /// Ends a pass, or several, that all ranks made alike: nothing is left out of it.
   void end_common_pass() { highest_ = lowest_ = -1; }
 
+  /// Keeps parts and buffers in the memory of another device from now on; between passes.
+  void move_to(at::Device device);
+  at::Device device() const { return buffers_[0].bytes.device(); }
+
   std::uint64_t own_bytes() const;     // of this rank's parts
   std::uint64_t buffer_bytes() const;  // of the two buffers
 

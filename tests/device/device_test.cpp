@@ -3,7 +3,9 @@
 // operators the processor's. The same goldens as for the processor's own paths, and whole runs compared with theirs.
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cross_entropy_loss.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/equal.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/roll.h>
@@ -12,7 +14,9 @@
 #include <ATen/ops/zeros_like.h>
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cmath>
+#include <cstring>
 #include <fstream>
 #include <functional>
 #include <limits>
@@ -23,14 +27,17 @@
 #include "core/files.h"
 #include "core/log.h"
 #include "lora/adapter.h"
+#include "lora/initialise.h"
 #include "lora/int8.h"
 #include "lora/nf4.h"
 #include "models/device.h"
 #include "models/fused_blocks.h"
 #include "models/generate.h"
 #include "models/neftune.h"
+#include "models/sharded_blocks.h"
 #include "tests/closeness.h"
 #include "tests/device/pretend_device.h"
+#include "tests/forked_ranks.h"
 #include "tests/golden.h"
 #include "tests/models/tiny_model.h"
 #include "tests/support.h"
@@ -436,6 +443,135 @@ TEST(StepThere, WaitsForTheDeviceOncePerMicroBatchAndForTheNorm) {
   EXPECT_EQ(testing::times_waited() - before, 3 + 1);
 }
 
+// ---- ranks that share the base
+
+/// The ranks of a test, which meet in the processor's memory, for tensors that lie elsewhere.
+class Bounced : public parallel::Communicator {
+ public:
+  explicit Bounced(parallel::Communicator& ranks) : ranks_(ranks) {}
+  int rank() const override { return ranks_.rank(); }
+  int size() const override { return ranks_.size(); }
+  void start_sum(std::span<at::Tensor> tensors, std::string_view what) override {
+    for (at::Tensor& tensor : tensors) {
+      at::Tensor here = tensor.cpu();
+      ranks_.sum_in_place({&here, 1}, what);
+      tensor.copy_(here);
+    }
+  }
+  void finish_sums(std::string_view what) override { ranks_.finish_sums(what); }
+  at::Tensor all_gather(const at::Tensor& own, std::string_view what) override { return ranks_.all_gather(own.cpu(), what).to(own.device()); }
+  std::unique_ptr<parallel::Gather> start_gather(const at::Tensor& all, const at::Tensor& own, int group, std::string_view what) override {
+    EXPECT_EQ(all.device(), own.device());
+    gathered_there += !all.is_cpu();
+    return std::make_unique<Arriving>(ranks_, all, own.cpu(), group, what);
+  }
+  std::unique_ptr<parallel::Gather> start_exchange(const at::Tensor&, int, const at::Tensor&, int, std::string_view) override { throw std::logic_error("no exchange"); }
+  at::Tensor reduce_scatter(const at::Tensor& parts, std::string_view what) override { return ranks_.reduce_scatter(parts.cpu(), what).to(parts.device()); }
+  void broadcast_in_place(std::span<at::Tensor> tensors, int root, std::string_view what) override {
+    for (at::Tensor& tensor : tensors) {
+      at::Tensor here = tensor.cpu();
+      ranks_.broadcast_in_place({&here, 1}, root, what);
+      tensor.copy_(here);
+    }
+  }
+  void barrier(std::string_view what) override { ranks_.barrier(what); }
+  void at_step(std::int64_t step) override { ranks_.at_step(step); }
+  void check() override { ranks_.check(); }
+  double seconds_in_calls() const override { return ranks_.seconds_in_calls(); }
+  void tell_failure(std::string_view message) noexcept override { ranks_.tell_failure(message); }
+
+  int gathered_there = 0;
+
+ private:
+  /// Writes where the parts are wanted at wait(), and not before: a reader that does not wait finds what was there.
+  class Arriving : public parallel::Gather {
+   public:
+    Arriving(parallel::Communicator& ranks, const at::Tensor& all, const at::Tensor& own, int group, std::string_view what)
+        : own_(own), all_(all), here_(at::empty(all.sizes(), own.options())), gather_(ranks.start_gather(here_, own_, group, what)) {}
+    void wait() override {
+      if (gather_) gather_->wait(), all_.copy_(here_), gather_.reset();
+    }
+
+   private:
+    at::Tensor own_, all_, here_;
+    std::unique_ptr<parallel::Gather> gather_;
+  };
+  parallel::Communicator& ranks_;
+};
+
+/// A folder of more blocks than are gathered at once: those of the golden, three times.
+void write_deeper(const std::filesystem::path& folder) {
+  const std::filesystem::path from = testing::golden_path("peft/llama_tied");
+  std::filesystem::create_directories(folder);
+  const checkpoints::SafetensorsFile weights(from / "model.safetensors");
+  std::vector<std::pair<std::string, std::vector<std::int64_t>>> tensors;
+  std::vector<at::Tensor> values;
+  const auto add = [&](const std::string& name, const at::Tensor& tensor) { tensors.emplace_back(name, tensor.sizes().vec()), values.push_back(tensor); };
+  for (const auto& [name, entry] : weights.entries()) {
+    add(name, weights.tensor(name));
+    for (const auto& [block, copies] : {std::pair{"layers.0.", std::array{"layers.2.", "layers.4."}}, {"layers.1.", std::array{"layers.3.", "layers.5."}}})
+      if (const std::size_t place = name.find(block); place != name.npos)
+        for (const char* copy : copies) add(std::string(name).replace(place, std::strlen(block), copy), weights.tensor(name));
+  }
+  checkpoints::write_weights(folder, tensors, at::kFloat, [&](std::size_t i) { return values[i]; }, 1 << 30);
+  Json config = read_json_file(from / "config.json");
+  config["num_hidden_layers"] = 6;
+  config.erase("layer_types");
+  write_file(folder / "config.json", to_line(config));
+}
+
+struct Kept {
+  const char* name;
+  at::ScalarType type;
+  lora::BaseQuantization quantization;
+  bool dora = false;
+};
+
+void PrintTo(const Kept& kept, std::ostream* out) { *out << kept.name; }
+
+class SharedThere : public ::testing::TestWithParam<Kept> {};
+INSTANTIATE_TEST_SUITE_P(Kept, SharedThere, ::testing::Values(Kept{"F32", at::kFloat, {}}, Kept{"Bf16", at::kBFloat16, {}}, Kept{"Int8", at::kFloat, {.format = "int8"}}, Kept{"Dora", at::kFloat, {}, true}),
+                         [](const auto& test) { return std::string(test.param.name); });
+
+// In one step a rank has nothing to learn from and goes through the blocks for the other alone.
+TEST_P(SharedThere, RanksLearnTheBitsOfRanksThatHoldAll) {
+  const ScratchFolder scratch;
+  const auto ends = testing::run_ranks(2, testing::kPatient, [&](parallel::Communicator& here) -> std::string {
+    Bounced ranks(here);
+    const std::filesystem::path folder = scratch / std::to_string(here.rank());
+    write_deeper(folder);
+    const auto learnt = [&](bool shares) {
+      models::Decoder decoder = checkpoints::load_decoder(folder, GetParam().type, GetParam().quantization, checkpoints::Linears::kDense,
+                                                          shares ? std::optional(checkpoints::Sharing{ranks, 2}) : std::nullopt);
+      models::move_to(decoder, kPretendDevice);
+      const lora::LoraConfig config{.rank = 2, .alpha = 4, .dropout = 0.1, .dora = GetParam().dora};
+      lora::attach(decoder, config, 0);
+      lora::initialise(decoder, config, 3);
+      if (decoder.shards) decoder.shards->end_common_pass();
+      const auto optimizer = make_optimizer(lora::trainable(decoder), {});
+      const LossSum loss_sum = [&](const data::Batch& batch, std::uint64_t seed) { return cross_entropy_sum(decoder.hidden_TD(input_of(batch, seed)), decoder.head, batch.targets_T, batch.keep_T, seed); };
+      for (int number = 0; number < 4; ++number) {
+        const std::int64_t tokens = 9 + number, first = 20 * ranks.rank() + number;
+        const bool masked = number == 2 && ranks.rank() == 1;
+        const data::Batch batch{.tokens_T = at::arange(first, first + tokens), .positions_T = at::arange(tokens), .targets_T = at::arange(first + 1, first + tokens + 1),
+                                .keep_T = at::full({tokens}, !masked, at::kBool), .document_lengths = {tokens}, .origins = {}, .num_kept = masked ? 0 : tokens};
+        if (!step({&batch, 1}, loss_sum, *optimizer, 1e-2, 1.0, 7, ranks, {}, Order::kTree, {}, 1, decoder.shards.get()).applied) throw std::runtime_error("a step was not applied");
+      }
+      std::vector<at::Tensor> trained;
+      for (const models::NamedTensor& tensor : lora::trainable(decoder)) trained.push_back(tensor.tensor->detach().cpu());
+      return trained;
+    };
+    const std::vector<at::Tensor> whole = learnt(false);
+    if (ranks.gathered_there != 0) return "ranks that hold all have gathered";
+    const std::vector<at::Tensor> shared = learnt(true);
+    if (ranks.gathered_there < 4 * 6) return "nothing was gathered there";
+    for (std::size_t i = 0; i < whole.size(); ++i)
+      if (!shared[i].equal(whole[i])) return "tensor " + std::to_string(i) + " differs";
+    return whole[1].abs().max().item<double>() > 0 ? "" : "nothing was learnt";
+  });
+  testing::expect_all_fine(ends);
+}
+
 // ---- which device
 
 const parallel::Gpus kNone{.seen = {}, .memory = {}, .why_none = "this build has no CUDA"}, kTwo{.seen = {"NVIDIA H100", "NVIDIA H100"}, .memory = {80, 80}, .why_none = ""};
@@ -465,6 +601,11 @@ TEST(Device, AutoIsWhatThereIsAndCudaWithoutAGpuSaysWhy) {
   config.device = "auto";
   EXPECT_EQ(on_processor(config, "distill").device, "cpu");
   EXPECT_TRUE(fails_with(ErrorKind::kUsage, "device: auto has found a GPU", [&] { with_device(config, kTwo); }));
+  config.optimizer.kind = "adamw", config.ranks.shard = true;
+  EXPECT_EQ(with_device(config, kTwo).device, "cuda");
+  config.method = "full";
+  EXPECT_TRUE(fails_with(ErrorKind::kUsage, "ranks.shard: with method: full ranks share moments on processors alone, but device: auto has found a GPU", [&] { with_device(config, kTwo); }));
+  EXPECT_EQ(with_device(config, kNone).device, "cpu");
 }
 
 TEST(Device, EachRankOfAMachineHasItsOwn) {

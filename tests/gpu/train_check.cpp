@@ -137,11 +137,8 @@ TEST_P(OnAGpu, WithDeterministicItResumesToTheSameBits) {
   for (const char* file : {"metrics.jsonl", "checkpoint-12/state.safetensors"}) EXPECT_EQ(sha256_of_file(parts.output / file), sha256_of_file(whole.output / file)) << file;
 }
 
-TEST_P(OnAGpu, TwoGpusLearnWhatOneLearns) {
-  if (num_gpus < 2) GTEST_SKIP() << "2 GPUs are needed, there are " << num_gpus;
-  const ScratchFolder folder;
-  const TrainConfig one = config_of(folder, "one", GetParam(), "cuda"), two = config_of(folder, "two", GetParam(), "cuda");
-  in_child({}, [&] { finetune(one, false, never); });
+/// By two ranks, each with a GPU of its own.
+void finetune_by_two(const TrainConfig& config) {
   std::string port;
   {
     const testing::Port free;
@@ -150,17 +147,36 @@ TEST_P(OnAGpu, TwoGpusLearnWhatOneLearns) {
   }
   std::vector<pid_t> ranks;
   for (const char* rank : {"0", "1"})
-    in_child({{"RANK", rank}, {"LOCAL_RANK", rank}, {"WORLD_SIZE", "2"}, {"LOCAL_WORLD_SIZE", "2"}, {"MASTER_ADDR", "127.0.0.1"}, {"MASTER_PORT", port}}, [&] { finetune(two, false, never); }, &ranks);
+    in_child({{"RANK", rank}, {"LOCAL_RANK", rank}, {"WORLD_SIZE", "2"}, {"LOCAL_WORLD_SIZE", "2"}, {"MASTER_ADDR", "127.0.0.1"}, {"MASTER_PORT", port}}, [&] { finetune(config, false, never); }, &ranks);
   for (const pid_t process : ranks) {
     int status = 0;
     ::waitpid(process, &status, 0);
     EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << "status " << status;
   }
+}
+
+TEST_P(OnAGpu, TwoGpusLearnWhatOneLearns) {
+  if (num_gpus < 2) GTEST_SKIP() << "2 GPUs are needed, there are " << num_gpus;
+  const ScratchFolder folder;
+  const TrainConfig one = config_of(folder, "one", GetParam(), "cuda"), two = config_of(folder, "two", GetParam(), "cuda");
+  in_child({}, [&] { finetune(one, false, never); });
+  finetune_by_two(two);
   if (one.deterministic) {  // the same tree of sums
     for (const char* file : {"metrics.jsonl", "checkpoint-12/state.safetensors"}) EXPECT_EQ(sha256_of_file(two.output / file), sha256_of_file(one.output / file)) << file;
   } else {
     expect_like(two.output, one.output, GetParam().tolerance);
   }
+}
+
+TEST_P(OnAGpu, TwoGpusThatShareTheBaseLearnTheBitsOfTwoThatHoldAll) {
+  if (num_gpus < 2) GTEST_SKIP() << "2 GPUs are needed, there are " << num_gpus;
+  const ScratchFolder folder;
+  TrainConfig whole = config_of(folder, "whole", GetParam(), "cuda"), shared = config_of(folder, "shared", GetParam(), "cuda");
+  if (whole.method != "lora" || whole.lora.init == "pissa") GTEST_SKIP() << "its base cannot be shared";
+  whole.deterministic = shared.deterministic = shared.ranks.shard = true;
+  finetune_by_two(whole);
+  finetune_by_two(shared);
+  for (const char* file : {"metrics.jsonl", "checkpoint-12/state.safetensors"}) EXPECT_EQ(sha256_of_file(shared.output / file), sha256_of_file(whole.output / file)) << file;
 }
 
 TEST(Device, MoreRanksThanGpusAreRefusedWithBothNumbers) {
