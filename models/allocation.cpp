@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <map>
@@ -14,7 +15,8 @@
 namespace alambic {
 namespace {
 
-thread_local bool keeps = false;
+enum Place : int { kWorking, kKept, kWhereThereIsRoom };
+thread_local int place = kWorking;
 
 // Best fit in one reserved stretch of addresses; neighbours that are free become one. Blocks are few and large, so that maps and
 // a search through all free ones cost nothing beside what is done with the memory.
@@ -30,18 +32,19 @@ class Heap {
 
   bool holds(const void* pointer) const { return base_ != nullptr && pointer >= base_ && pointer < base_ + size_; }
 
-  // nullptr where nothing is large enough.
-  void* allocate(std::size_t wanted) {
+  // nullptr where nothing is large enough. grows: also where nothing has been before.
+  void* allocate(std::size_t wanted, bool grows = true) {
     const std::size_t bytes = (wanted + kAlignment - 1) / kAlignment * kAlignment;
     const std::lock_guard lock(mutex_);
     auto best = free_.end();
     for (auto block = free_.begin(); block != free_.end(); ++block)
-      if (block->second >= bytes && (best == free_.end() || block->second < best->second)) best = block;
+      if (block->second >= bytes && (grows || block->first + bytes <= high_) && (best == free_.end() || block->second < best->second)) best = block;
     if (best == free_.end()) return nullptr;
     const auto [offset, size] = *best;
     free_.erase(best);
     if (size > bytes) free_[offset + bytes] = size - bytes;
     used_[offset] = bytes;
+    high_ = std::max(high_, offset + bytes);
     return base_ + offset;
   }
 
@@ -65,14 +68,21 @@ class Heap {
   static constexpr std::size_t kAlignment = 64;
   std::mutex mutex_;
   char* base_ = nullptr;
-  std::size_t size_ = 0;
+  std::size_t size_ = 0, high_ = 0;  // high: of what has ever been used
   std::map<std::size_t, std::size_t> free_, used_;  // offset -> bytes
 };
 
 class TwoHeaps final : public c10::Allocator {
  public:
   c10::DataPtr allocate(std::size_t bytes) override {
-    void* pointer = keeps && bytes >= kLeast ? kept_.allocate(bytes) : bytes >= kLarge ? working_.allocate(bytes) : nullptr;
+    void* pointer = nullptr;
+    if (place != kWorking && bytes >= kLeast) {
+      if (place == kWhereThereIsRoom) pointer = kept_.allocate(bytes, /*grows=*/false);
+      if (place == kWhereThereIsRoom && pointer == nullptr) pointer = working_.allocate(bytes, /*grows=*/false);
+      if (pointer == nullptr) pointer = kept_.allocate(bytes);
+    } else if (bytes >= kLarge) {
+      pointer = working_.allocate(bytes);
+    }
     if (pointer == nullptr) pointer = ordinary_.raw_allocate(bytes);
     return {pointer, pointer, &release, c10::Device(c10::DeviceType::CPU)};
   }
@@ -103,7 +113,10 @@ void use_tensor_heaps() {
   c10::SetCPUAllocator(&TwoHeaps::instance(), /*priority=*/1);
 }
 
-KeptTensors::KeptTensors(bool active) : before_(keeps) { keeps = active; }
-KeptTensors::~KeptTensors() { keeps = before_; }
+KeptTensors::KeptTensors(bool active) : before_(place) { place = active ? kKept : kWorking; }
+KeptTensors::~KeptTensors() { place = before_; }
+
+TensorsUntilTheOptimiser::TensorsUntilTheOptimiser() : before_(place) { place = kWhereThereIsRoom; }
+TensorsUntilTheOptimiser::~TensorsUntilTheOptimiser() { place = before_; }
 
 }  // namespace alambic

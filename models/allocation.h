@@ -21,7 +21,20 @@ class KeptTensors {
   KeptTensors& operator=(const KeptTensors&) = delete;
 
  private:
-  bool before_;
+  int before_;
+};
+
+/// While one lives, tensors that its thread makes come from wherever freed memory has room for them, and from the second heap where none has: for
+/// gradients that stay until the optimiser takes them. They take the places of what their pass has given back, and of the logits before it.
+class TensorsUntilTheOptimiser {
+ public:
+  TensorsUntilTheOptimiser();
+  ~TensorsUntilTheOptimiser();
+  TensorsUntilTheOptimiser(const TensorsUntilTheOptimiser&) = delete;
+  TensorsUntilTheOptimiser& operator=(const TensorsUntilTheOptimiser&) = delete;
+
+ private:
+  int before_;
 };
 
 }  // namespace alambic

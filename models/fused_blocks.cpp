@@ -510,7 +510,7 @@ class TypedTape final : public Tape {
           trained_.give(member.linear->adapter->a_RI, product_over_rows(v_TR.narrow(1, member.u_column, member.rank), dropped(member, x_TI)), gradients);
     }
     if (!wants_weight) return;
-    const KeptTensors until_the_optimiser;  // in the place of what this block's backward pass gave back
+    const TensorsUntilTheOptimiser gradient;
     const at::Tensor d_NI = product(dy_TN.narrow(1, 0, group.outputs).t(), x_TI);
     for (const Member& member : group.members)
       if (trained_.holds(member.linear->weight_OI)) trained_.give(member.linear->weight_OI, d_NI.narrow(0, member.column, member.count), gradients);

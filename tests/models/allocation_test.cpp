@@ -65,6 +65,29 @@ TEST(TensorHeaps, KeptTensorsDoNotLieAmongOthers) {
   EXPECT_EQ(bytes(kMega).const_data_ptr(), place);
 }
 
+TEST(TensorHeaps, WhatWaitsForTheOptimiserTakesRoomOfBothHeapsAndNoNewOfTheFirst) {
+  use_tensor_heaps();
+  const auto kept = [](std::int64_t count) {
+    const KeptTensors own;
+    return bytes(count);
+  };
+  const auto waiting = [](std::int64_t count) {
+    const TensorsUntilTheOptimiser own;
+    return bytes(count);
+  };
+  // Larger than any place that other tests have left.
+  at::Tensor logits = bytes(96 * kMega), activation = kept(80 * kMega);
+  const at::Tensor behind = bytes(kMega), behind_kept = kept(kMega);
+  const void *const of_logits = logits.const_data_ptr(), *const of_activation = activation.const_data_ptr();
+  logits.reset(), activation.reset();
+  const at::Tensor first = waiting(80 * kMega), second = waiting(80 * kMega), third = waiting(80 * kMega);
+  EXPECT_EQ(first.const_data_ptr(), of_activation);
+  EXPECT_EQ(second.const_data_ptr(), of_logits);
+  const at::Tensor next = bytes(80 * kMega), next_kept = kept(80 * kMega);  // where their heaps go on
+  EXPECT_GT(next.const_data_ptr(), behind.const_data_ptr());
+  EXPECT_EQ(static_cast<const char*>(next_kept.const_data_ptr()), static_cast<const char*>(third.const_data_ptr()) + 80 * kMega);
+}
+
 TEST(TensorHeaps, ManyThreadsGetPlacesOfTheirOwn) {
   use_tensor_heaps();
   std::atomic<int> wrong = 0;
