@@ -96,13 +96,15 @@ Json measure_collectives(parallel::Communicator& ranks, std::int64_t bytes, int 
     if (result.numel() > 0 && result.flatten()[-1].item<float>() != static_cast<float>(expected)) fail(ErrorKind::kBug, name, " gave ", result.flatten()[-1].item<float>(), ", not ", expected);
     report[name] = {{"seconds", seconds}, {"received", received}};
   };
-  const at::Tensor own = at::full({share}, one), parts = at::full({size, share}, one);
+  const at::Tensor own = at::full({share}, one);
+  const std::vector<std::vector<at::Tensor>> parts(static_cast<std::size_t>(size), {own});
   const double sum_of_ones = static_cast<double>(size * (size + 1)) / 2;
   at::Tensor tensor = at::full({share * size}, one);
   // Sums of sums would grow: each call has one tensor anew, whose filling counts little beside a sum.
   measure("sum", 2 * others, [&] { tensor.fill_(one), ranks.sum_in_place({&tensor, 1}, "sum"); return tensor; }, sum_of_ones);
   measure("all_gather", others, [&] { return ranks.all_gather(own, "all_gather"); }, static_cast<double>(size));
-  measure("reduce_scatter", others, [&] { return ranks.reduce_scatter(parts, "reduce_scatter"); }, sum_of_ones);
+  at::Tensor scattered = at::full({share}, 0.0);
+  measure("reduce_scatter", others, [&] { ranks.start_reduce_scatter(parts, {&scattered, 1}, "reduce_scatter"), ranks.finish_sums("reduce_scatter"); return scattered; }, sum_of_ones);
   tensor.fill_(one);
   measure("broadcast", whole, [&] { ranks.broadcast_in_place({&tensor, 1}, 0, "broadcast"); return tensor; }, 1.0);
 

@@ -290,7 +290,7 @@ double flops_of_a_step(models::Decoder& decoder, const data::Batch& batch) {
 }
 
 // What a step is made of: "rows=4 length=512 documents=512 labels=1 method=lora optimizer=adamw memory=store steps=3 batches=1 shard=0", any of them; batches are
-// the micro-batches of all ranks, which share them, and with shard=1 the base or the moments too (ranks.shard). With teacher=copy
+// the micro-batches of all ranks, which share them, and with shard=1 the base, or gradients and moments, too (ranks.shard). With teacher=copy
 // the loss is the forward KL to the same model loaded once more, with teacher=base to the student's own base, with teacher=sampled to 12
 // draws a token of that base, packed as a cache holds them and unpacked in every step.
 struct StepCase {
@@ -387,7 +387,10 @@ Json step(const std::filesystem::path& model, at::ScalarType type, const StepCas
   const data::Batch batch = batch_of(wanted, decoder.config.vocabulary_size);
   const std::vector<data::Batch> own_batches(static_cast<std::size_t>(wanted.batches / ranks->size()), batch);
   const auto num_tokens = static_cast<double>(batch.tokens_T.numel() * wanted.batches);
-  const train::MemoryEstimate estimate = train::estimate_memory(decoder, static_cast<std::uint64_t>(optimizer->state_bytes()), batch.tokens_T.numel());
+  train::MemoryEstimate estimate = train::estimate_memory(decoder, static_cast<std::uint64_t>(optimizer->state_bytes()), batch.tokens_T.numel());
+  config.data.batches_per_step = wanted.batches;
+  config.ranks.shard = shares;
+  if (!decoder.shards) estimate = train::shared_by(estimate, decoder, config, ranks->size());
   if (wanted.teacher != "none") {  // adapters that change something, and the peer's: else the first loss is 0
     const at::NoGradGuard constant;
     for (const models::NamedTensor& tensor : lora::trainable(decoder)) {
@@ -428,8 +431,6 @@ Json step(const std::filesystem::path& model, at::ScalarType type, const StepCas
     }
     return train::cross_entropy_sum(decoder.hidden_TD(train::input_of(own, seed)), decoder.head, own.targets_T, own.keep_T, seed);
   };
-  const double planned = train::probe_seconds(loss_sum, batch, *optimizer);
-  if (decoder.shards) decoder.shards->end_common_pass();
   double gradient_bytes = 0;
   for (const models::NamedTensor& tensor : lora::trainable(decoder)) gradient_bytes += static_cast<double>(tensor.tensor->nbytes());
   std::vector<double> losses, seconds, in_calls;
@@ -440,6 +441,8 @@ Json step(const std::filesystem::path& model, at::ScalarType type, const StepCas
     if (i > 0) seconds.push_back(watch.seconds()), in_calls.push_back(ranks->seconds_in_calls() - before);
   }
   const double peak = resident("VmHWM"), own = peak - resident("RssFile");  // without pages of files, which ranks of a machine share
+  const double planned = train::probe_seconds(loss_sum, batch, *optimizer);  // behind the peak: all gradients at once may be more than a step holds
+  if (decoder.shards) decoder.shards->end_common_pass();
   std::vector<double> sums_alone;  // the same gradients' sizes while nobody computes
   for (int i = 0; i < 4; ++i) {
     ranks->barrier("before a sum alone");

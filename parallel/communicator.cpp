@@ -23,6 +23,9 @@ class Single : public Communicator {
   int rank() const override { return 0; }
   int size() const override { return 1; }
   void start_sum(std::span<at::Tensor>, std::string_view) override {}
+  void start_reduce_scatter(std::span<const std::vector<at::Tensor>> parts, std::span<at::Tensor> own, std::string_view) override {
+    for (std::size_t i = 0; i < own.size(); ++i) own[i].copy_(parts[0][i]);
+  }
   void finish_sums(std::string_view) override {}
   at::Tensor all_gather(const at::Tensor& own, std::string_view) override { return own.unsqueeze(0); }
   std::unique_ptr<Gather> start_gather(const at::Tensor& all, const at::Tensor& own, int, std::string_view) override {
@@ -33,7 +36,6 @@ class Single : public Communicator {
     at::Tensor(receive).copy_(send);
     return std::make_unique<Done>();
   }
-  at::Tensor reduce_scatter(const at::Tensor& parts, std::string_view) override { return parts[0]; }
   void broadcast_in_place(std::span<at::Tensor>, int, std::string_view) override {}
   void barrier(std::string_view) override {}
   void at_step(std::int64_t) override {}

@@ -44,6 +44,9 @@ class Communicator {
   /// Begins such a sum and returns; tensors are left alone until finish_sums(). Sums begin in the same order on all ranks. The next that begins
   /// carries the former on, so that what is computed between them hides the transfers. Other calls may come between.
   virtual void start_sum(std::span<at::Tensor> tensors, std::string_view what) = 0;
+  /// Begins a sum of which each rank gets a part: parts[r], whose sizes are the same on all ranks, adds up to what rank r gets, and `own`, of the
+  /// sizes of parts[rank()], become this rank's sums, with the bits of sum_in_place. parts are free when it returns. Otherwise as start_sum().
+  virtual void start_reduce_scatter(std::span<const std::vector<at::Tensor>> parts, std::span<at::Tensor> own, std::string_view what) = 0;
   /// Alone: all sums that were begun are done.
   virtual void finish_sums(std::string_view what) = 0;
   /// [size, ...]: every rank's tensor.
@@ -56,8 +59,6 @@ class Communicator {
   /// `send` goes to rank `to`, and `receive` gets what rank `from` sends here in the same call: which ranks those are, and how large the
   /// tensors are (none at all, too), each pair agrees on by itself. Otherwise as start_all_gather.
   virtual std::unique_ptr<Gather> start_exchange(const at::Tensor& receive, int from, const at::Tensor& send, int to, std::string_view what) = 0;
-  /// parts: [size, ...]. Returns the sum over ranks of parts[rank()], in the order of sum_in_place.
-  virtual at::Tensor reduce_scatter(const at::Tensor& parts, std::string_view what) = 0;
   /// All ranks get what rank `root` has; contiguous tensors of any type.
   virtual void broadcast_in_place(std::span<at::Tensor> tensors, int root, std::string_view what) = 0;
   virtual void barrier(std::string_view what) = 0;

@@ -26,6 +26,39 @@ constexpr double kSecondsForTheWatch = 6;       // to explain a connection that 
 
 std::atomic<bool> in_flight = false;
 
+/// Tensors of one type as one row of elements, taken away from its front.
+class Row {
+ public:
+  Row(std::span<const at::Tensor> tensors, std::string_view what) {
+    for (const at::Tensor& tensor : tensors) {
+      if (!tensor.is_contiguous() || (tensor.scalar_type() != at::kFloat && tensor.scalar_type() != at::kDouble))
+        fail(ErrorKind::kBug, what, ": a tensor to sum must be contiguous f32 or f64");
+      if (tensor.device() != tensors.front().device() || tensor.scalar_type() != tensors.front().scalar_type())
+        fail(ErrorKind::kBug, what, ": tensors of different types or on different devices in one sum");
+      if (tensor.numel() > 0) left_.push_back(tensor.detach().view(-1)), numel_ += tensor.numel();
+    }
+  }
+  std::int64_t numel() const { return numel_; }
+  at::TensorOptions options() const { return left_.front().options(); }
+  /// Views of the next elements, no more than `most`.
+  std::vector<at::Tensor> take(std::int64_t most) {
+    std::vector<at::Tensor> pieces;
+    for (std::int64_t room = std::min(most, numel_); room > 0;) {
+      at::Tensor& front = left_.front();
+      const std::int64_t taken = std::min(room, front.numel());
+      pieces.push_back(front.narrow(0, 0, taken));
+      room -= taken, numel_ -= taken;
+      if (taken == front.numel()) left_.pop_front();
+      else front = front.narrow(0, taken, front.numel() - taken);
+    }
+    return pieces;
+  }
+
+ private:
+  std::deque<at::Tensor> left_;
+  std::int64_t numel_ = 0;
+};
+
 class Ranks : public Communicator {
  public:
   Ranks(const LaunchEnvironment& environment, double timeout_seconds, std::unique_ptr<Meeting> meeting, std::unique_ptr<Transport> transport, std::unique_ptr<Watch> watch)
@@ -90,15 +123,6 @@ class Ranks : public Communicator {
     return std::make_unique<Started>(*this, transport_for(send).exchange(receive.view(-1), from, send.view(-1), to), what);
   }
 
-  at::Tensor reduce_scatter(const at::Tensor& parts, std::string_view what) override {
-    const Timed timed(*this);
-    enter(what);
-    if (parts.size(0) != size_) fail(ErrorKind::kBug, "reduce_scatter of ", parts.size(0), " parts among ", size_, " ranks");
-    at::Tensor gathered = at::empty_like(parts, at::MemoryFormat::Contiguous);
-    if (parts.numel() > 0) finish(transport_for(parts).all_to_all(gathered.view({size_, -1}), parts.contiguous().view({size_, -1})));
-    return tree_sum(gathered.unbind(0)).contiguous();
-  }
-
   void broadcast_in_place(std::span<at::Tensor> tensors, int root, std::string_view what) override {
     const Timed timed(*this);
     enter(what);
@@ -115,27 +139,38 @@ class Ranks : public Communicator {
   void start_sum(std::span<at::Tensor> tensors, std::string_view what) override {
     const Timed timed(*this);
     enter(what);
-    std::vector<at::Tensor> flat;
-    for (at::Tensor& tensor : tensors) {
-      if (!tensor.is_contiguous() || (tensor.scalar_type() != at::kFloat && tensor.scalar_type() != at::kDouble))
-        fail(ErrorKind::kBug, what, ": a tensor to sum must be contiguous f32 or f64");
-      if (tensor.device() != tensors.front().device()) fail(ErrorKind::kBug, what, ": tensors on different devices in one sum");
-      if (tensor.numel() > 0) flat.push_back(tensor.detach().view(-1));
-    }
-    for (std::size_t first = 0; first < flat.size();) {
-      const std::int64_t most = kBucketBytes / static_cast<std::int64_t>(flat[first].element_size());
-      Bucket bucket;
-      for (std::int64_t room = most; room > 0 && first < flat.size() && flat[first].scalar_type() == flat.front().scalar_type();) {
-        const std::int64_t taken = std::min(room, flat[first].numel());
-        bucket.pieces.push_back(flat[first].narrow(0, 0, taken));
-        bucket.numel += taken, room -= taken;
-        if (taken == flat[first].numel()) ++first;
-        else flat[first] = flat[first].narrow(0, taken, flat[first].numel() - taken);
-      }
-      if (bucket.pieces.empty()) fail(ErrorKind::kBug, what, ": tensors of different types in one sum");
+    for (Row row(tensors, what); row.numel() > 0;) {
       carry_on_sums(1);  // one gathers its sums while the next is sent
-      send(bucket);
-      sums_.push_back(std::move(bucket));
+      Bucket bucket{.pieces = row.take(kBucketBytes / static_cast<std::int64_t>(row.options().dtype().itemsize()))};
+      std::int64_t numel = 0;
+      for (const at::Tensor& piece : bucket.pieces) numel += piece.numel();
+      bucket.own = at::empty({size_, (numel + size_ - 1) / size_}, bucket.pieces.front().options());
+      pack(bucket.pieces, bucket.own.view(-1));
+      send(std::move(bucket));
+    }
+  }
+
+  void start_reduce_scatter(std::span<const std::vector<at::Tensor>> parts, std::span<at::Tensor> own, std::string_view what) override {
+    const Timed timed(*this);
+    enter(what);
+    std::vector<Row> rows;
+    std::int64_t longest = 0;
+    at::TensorOptions options;
+    for (const std::vector<at::Tensor>& part : parts) {
+      rows.emplace_back(part, what);
+      if (rows.back().numel() > 0) options = rows.back().options();
+      longest = std::max(longest, rows.back().numel());
+    }
+    Row sums(own, what);
+    if (parts.size() != static_cast<std::size_t>(size_) || sums.numel() != rows[static_cast<std::size_t>(rank_)].numel())
+      fail(ErrorKind::kBug, what, ": ", parts.size(), " parts cannot be scattered among ", size_, " ranks, or this rank's part does not fit");
+    while (longest > 0) {
+      carry_on_sums(1);  // one is added up while the next is sent
+      const std::int64_t share = std::min(longest, std::max<std::int64_t>(kBucketBytes / static_cast<std::int64_t>(options.dtype().itemsize()) / size_, 1));
+      Bucket bucket{.pieces = sums.take(share), .own = at::empty({size_, share}, options), .is_scattered = true};
+      for (int rank = 0; rank < size_; ++rank) pack(rows[static_cast<std::size_t>(rank)].take(share), bucket.own[rank]);
+      send(std::move(bucket));
+      longest -= share;
     }
   }
 
@@ -147,11 +182,11 @@ class Ranks : public Communicator {
 
  private:
   struct Bucket {
-    std::vector<at::Tensor> pieces;
-    std::int64_t numel = 0;
-    at::Tensor own, gathered;  // [size, share]
-    std::unique_ptr<Transfer> transfer;
-    bool is_added = false;  // the transfer under way is the second
+    std::vector<at::Tensor> pieces;  // where its sums go
+    at::Tensor own = {}, gathered = {};  // [size, share]
+    std::unique_ptr<Transfer> transfer = {};
+    bool is_scattered = false;  // each rank gets its share and no more: there is one transfer
+    bool is_added = false;      // the transfer under way is the second
   };
 
   /// Adds to seconds_in_calls().
@@ -184,35 +219,41 @@ class Ranks : public Communicator {
     std::string what_;
   };
 
-  void send(Bucket& bucket) {
-    const std::int64_t share = (bucket.numel + size_ - 1) / size_;
-    bucket.own = at::empty({size_, share}, bucket.pieces.front().options());
-    at::Tensor flat = bucket.own.view(-1);
+  /// The pieces one behind the other, then zeros.
+  static void pack(const std::vector<at::Tensor>& pieces, const at::Tensor& row) {
     std::int64_t done = 0;
-    for (const at::Tensor& piece : bucket.pieces) flat.narrow(0, done, piece.numel()).copy_(piece), done += piece.numel();
-    flat.narrow(0, done, flat.numel() - done).zero_();
-    bucket.gathered = at::empty_like(bucket.own);
-    bucket.transfer = transport_for(bucket.own).all_to_all(bucket.gathered, bucket.own);
+    for (const at::Tensor& piece : pieces) row.narrow(0, done, piece.numel()).copy_(piece), done += piece.numel();
+    row.narrow(0, done, row.numel() - done).zero_();
   }
 
-  // A bucket goes through two transfers: each rank gets its share of every other's bucket and adds them up, then all get all sums.
-  // Here all enter their second, and all but `left` end it. That does not hang on what has come already, so that all ranks begin their
-  // transfers in one order.
+  void send(Bucket bucket) {
+    bucket.gathered = at::empty_like(bucket.own);
+    bucket.transfer = transport_for(bucket.own).all_to_all(bucket.gathered, bucket.own);
+    sums_.push_back(std::move(bucket));
+  }
+
+  // A bucket goes through one transfer, in which each rank gets its share of every other's bucket and adds them up, and, where all are to have all
+  // sums, a second that gathers them. Here those enter their second, and all buckets but `left` end their last. That does not hang on
+  // what has come already, so that all ranks begin their transfers in one order.
   void carry_on_sums(std::size_t left) {
-    for (Bucket& bucket : sums_) {
-      if (bucket.is_added) continue;
+    const auto sum_of = [&](Bucket& bucket) {
       finish(std::move(bucket.transfer));
       const at::Tensor sum = tree_sum(bucket.gathered.unbind(0)).contiguous();
       bucket.gathered.reset();
-      bucket.transfer = transport_for(sum).all_gather(bucket.own, sum);
+      return sum;
+    };
+    for (Bucket& bucket : sums_) {
+      if (bucket.is_scattered || bucket.is_added) continue;
+      bucket.transfer = transport_for(bucket.own).all_gather(bucket.own, sum_of(bucket));
       bucket.is_added = true;
     }
     for (; sums_.size() > left; sums_.pop_front()) {
       Bucket& bucket = sums_.front();
-      finish(std::move(bucket.transfer));
-      const at::Tensor flat = bucket.own.view(-1);
+      at::Tensor row;
+      if (bucket.is_scattered) row = sum_of(bucket);
+      else finish(std::move(bucket.transfer)), row = bucket.own.view(-1);
       std::int64_t done = 0;
-      for (const at::Tensor& piece : bucket.pieces) piece.copy_(flat.narrow(0, done, piece.numel())), done += piece.numel();
+      for (const at::Tensor& piece : bucket.pieces) piece.copy_(row.narrow(0, done, piece.numel())), done += piece.numel();
     }
   }
 

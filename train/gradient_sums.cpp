@@ -20,18 +20,21 @@ struct GradientSums::Listener final : torch::autograd::PostAccumulateGradHook {
   std::size_t index;
 };
 
-GradientSums::GradientSums(Optimizer& optimizer, parallel::Communicator& ranks, bool in_backward, std::int64_t bucket_bytes)
-    : optimizer_(optimizer), ranks_(ranks), in_backward_(in_backward && ranks.size() > 1 && !optimizer.adds_up_itself()), there_(optimizer.trained().size(), false), given_(there_) {
-  const std::vector<Trained>& trained = optimizer.trained();
+std::vector<std::vector<std::size_t>> buckets_of(const std::vector<Trained>& trained, std::int64_t bucket_bytes) {
+  std::vector<std::vector<std::size_t>> buckets;
   std::int64_t room = 0;
   for (const bool of_blocks : {true, false})
     for (std::size_t i = trained.size(); i-- > 0;) {
       if (is_in_block(trained[i].name) != of_blocks) continue;
-      if (room <= 0) buckets_.emplace_back(), room = bucket_bytes;
-      buckets_.back().push_back(i);
+      if (room <= 0) buckets.emplace_back(), room = bucket_bytes;
+      buckets.back().push_back(i);
       room -= static_cast<std::int64_t>(trained[i].tensor.nbytes());
     }
+  return buckets;
 }
+
+GradientSums::GradientSums(Optimizer& optimizer, parallel::Communicator& ranks, bool in_backward, std::int64_t bucket_bytes)
+    : optimizer_(optimizer), ranks_(ranks), in_backward_(in_backward && ranks.size() > 1), there_(optimizer.trained().size(), false), given_(there_), buckets_(buckets_of(optimizer.trained(), bucket_bytes)) {}
 
 GradientSums::~GradientSums() {
   if (listens_)
@@ -51,33 +54,25 @@ void GradientSums::is_there(std::size_t i) {
   given_[i] = models::is_giving_to_leaf();
   if (there_[i]) fail(ErrorKind::kBug, "two backward passes through ", optimizer_.trained()[i].name, " in one micro-batch, whose gradient is being added up over ranks");
   fold(i);
-  there_[i] = true;
   const auto is_whole = [&](const std::vector<std::size_t>& bucket) { return std::all_of(bucket.begin(), bucket.end(), [&](std::size_t each) { return there_[each]; }); };
   while (begun_ < buckets_.size() && is_whole(buckets_[begun_])) begin_next();
 }
 
 void GradientSums::fold(std::size_t i) {
-  at::Tensor& gradient = optimizer_.trained()[i].tensor.mutable_grad();
-  for (std::size_t level = pending_.size(); level-- > 0;) gradient = pending_[level][i].add_(gradient);
+  there_[i] = true;
+  if (pending_.empty()) return;
+  at::Tensor& gradient = optimizer_.gradient(i);
+  for (std::size_t level = pending_.size(); level-- > 0;) gradient = std::exchange(pending_[level][i], {}).add_(gradient);
 }
 
 void GradientSums::begin_next() {
-  std::vector<at::Tensor> gradients;
-  for (const std::size_t i : buckets_[begun_]) {
-    at::Tensor& gradient = optimizer_.trained()[i].tensor.mutable_grad();
-    if (!gradient.is_contiguous()) gradient = gradient.contiguous();
-    gradients.push_back(gradient);
-  }
-  begun_ += 1;
-  ranks_.start_sum(gradients, "gradients");
+  for (const std::size_t i : buckets_[begun_])
+    if (!there_[i]) fold(i);
+  optimizer_.start_sum(buckets_[begun_++], ranks_);
 }
 
 void GradientSums::finish() {
   const at::NoGradGuard no_grad;
-  optimizer_.gradients();  // zeros where none has come
-  for (std::size_t i = 0; i < there_.size(); ++i)
-    if (!there_[i]) fold(i), there_[i] = true;
-  if (optimizer_.adds_up_itself()) return;
   while (begun_ < buckets_.size()) begin_next();
   ranks_.finish_sums("gradients");
 }

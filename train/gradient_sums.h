@@ -12,23 +12,27 @@ namespace alambic::train {
 
 using Gradients = std::vector<at::Tensor>;  // one for each trained tensor
 
-/// Gradients go in buckets of fixed content: the blocks' from the last tensor to the first, which is about how a backward pass makes them, then
-/// the others'. A bucket begins when all of it and of those before it is there, so every rank begins the same sums in the same order.
+inline constexpr std::int64_t kGradientBucketBytes = 8 << 20;  // as large as those in which a sum travels: latency does not count, and the first leaves early
+
+/// Numbers of the tensors whose gradients begin their sum at once: the blocks' from the last tensor to the first, which is about how a backward
+/// pass makes them, then the others'.
+std::vector<std::vector<std::size_t>> buckets_of(const std::vector<Trained>& trained, std::int64_t bucket_bytes = kGradientBucketBytes);
+
+/// A bucket of gradients begins (Optimizer::start_sum) when all of it and of those before it is there, so every rank begins the same sums in the
+/// same order.
 class GradientSums {
  public:
-  /// in_backward: begins sums in the backward pass; else, and where the optimiser adds up itself, all is left to finish(). Buckets are as large as
-  /// those in which a sum travels: latency does not count, and the first leaves early.
-  GradientSums(Optimizer& optimizer, parallel::Communicator& ranks, bool in_backward, std::int64_t bucket_bytes = 8 << 20);
+  /// in_backward: begins sums in the backward pass; else all is left to finish().
+  GradientSums(Optimizer& optimizer, parallel::Communicator& ranks, bool in_backward, std::int64_t bucket_bytes = kGradientBucketBytes);
   ~GradientSums();
   GradientSums(const GradientSums&) = delete;
   GradientSums& operator=(const GradientSums&) = delete;
 
   /// From now on what a backward pass gives to a tensor of a block is the last that it gets. `pending`: sums of earlier micro-batches, the
-  /// outermost first; each is added behind, the innermost first: a gradient g becomes pending[0] + (pending[1] + ... g). They stay where they
-  /// are until finish().
+  /// outermost first; each is added behind, the innermost first: a gradient g becomes pending[0] + (pending[1] + ... g), and the memory of the others
+  /// is free.
   void expect_last(std::vector<Gradients> pending);
-  /// Collective: begins what has not begun, whether a backward pass has made it or not, and waits for all. optimizer.gradients() are
-  /// then the sums over ranks, or what the optimiser is to add up.
+  /// Collective: begins what has not begun, whether a backward pass has made it or not, and waits for all. optimizer.sums() are then there.
   void finish();
 
  private:

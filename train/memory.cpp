@@ -8,6 +8,7 @@
 #include "core/log.h"
 #include "models/fused_blocks.h"
 #include "models/sharded_blocks.h"
+#include "train/gradient_sums.h"
 
 namespace alambic::train {
 namespace {
@@ -92,6 +93,19 @@ MemoryEstimate shared_by(const MemoryEstimate& whole, models::Decoder& decoder, 
   if (!config.ranks.shard || num_ranks == 1) return of_rank;
   if (config.method == "full") {
     of_rank.optimizer /= static_cast<std::uint64_t>(num_ranks);
+    // Sums of earlier micro-batches stay whole until the last one's backward pass frees them.
+    if (config.data.batches_per_step * config.ranks.context > num_ranks) return of_rank;
+    std::uint64_t in_blocks = 0;
+    for (const models::NamedTensor& tensor : decoder.tensors())
+      if (tensor.tensor->requires_grad() && is_in_block(tensor.name)) in_blocks += tensor.tensor->nbytes();
+    // Besides its part of the sums: what is not of a block leaves when the pass has ended; a block's gradients wait for their bucket; two buckets
+    // are under way, each as it is sent and as it comes.
+    const std::uint64_t part = whole.trained / static_cast<std::uint64_t>(num_ranks), waiting = in_blocks / decoder.blocks.size() + 5 * static_cast<std::uint64_t>(kGradientBucketBytes);
+    of_rank.trained = part + (whole.trained - in_blocks) + std::min(waiting, in_blocks);
+    if (decoder.fused) {
+      const double kept = static_cast<double>(config.data.row_length * config.data.rows_per_batch / config.ranks.context) * models::kept_bytes_per_token(decoder);
+      of_rank.activations += static_cast<std::uint64_t>(std::max(0.0, kept - static_cast<double>(part)) - std::max(0.0, kept - static_cast<double>(whole.trained)));
+    }
     return of_rank;
   }
   const auto group = static_cast<std::uint64_t>(config.ranks.shard_group > 0 ? config.ranks.shard_group : num_ranks);

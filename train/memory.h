@@ -20,7 +20,7 @@ struct MemoryEstimate {  // bytes
 /// Of a decoder that is ready to train (use_fused_blocks() called) at micro-batches of so many tokens.
 MemoryEstimate estimate_memory(models::Decoder& decoder, std::uint64_t optimizer_bytes, std::int64_t batch_tokens);
 
-/// Of one of so many ranks, which share weights or moments as config.ranks says, from the estimate of a rank that shares nothing. The decoder is
+/// Of one of so many ranks, which share weights, or gradients and moments, as config.ranks says, from the estimate of a rank that shares nothing. The decoder is
 /// loaded whole.
 MemoryEstimate shared_by(const MemoryEstimate& whole, models::Decoder& decoder, const TrainConfig& config, int num_ranks);
 /// Bytes of the blocks' linear layers, as they are kept.

@@ -169,18 +169,20 @@ Optimizer::Optimizer(std::vector<Trained> trained) : trained_(std::move(trained)
 
 std::span<at::Tensor> Optimizer::gradients() {
   gradients_.clear();
-  for (const Trained& one : trained_) {
-    at::Tensor& gradient = one.tensor.mutable_grad();
-    if (!gradient.defined()) gradient = at::zeros_like(one.tensor.detach());
-    else if (!gradient.is_contiguous()) gradient = gradient.contiguous();
-    gradients_.push_back(gradient);
-  }
+  for (std::size_t i = 0; i < trained_.size(); ++i) gradients_.push_back(gradient(i));
   return gradients_;
+}
+
+at::Tensor& Optimizer::gradient(std::size_t i) {
+  at::Tensor& gradient = trained_[i].tensor.mutable_grad();
+  if (!gradient.defined()) gradient = at::zeros_like(trained_[i].tensor.detach());
+  else if (!gradient.is_contiguous()) gradient = gradient.contiguous();
+  return gradient;
 }
 
 void Optimizer::step(double learning_rate) {
   const at::NoGradGuard no_grad;
-  gradients();
+  sums();
   update(learning_rate, ++num_steps_);
   forget_gradients();
 }
@@ -237,7 +239,13 @@ std::int64_t Optimizer::state_bytes() const {
   return bytes;
 }
 
-double Optimizer::clip(double max_norm, parallel::Communicator&) { return clip_to_norm(gradients(), max_norm); }
+void Optimizer::start_sum(std::span<const std::size_t> tensors, parallel::Communicator& ranks) {
+  std::vector<at::Tensor> of_tensors;
+  for (const std::size_t i : tensors) of_tensors.push_back(gradient(i));
+  ranks.start_sum(of_tensors, "gradients");
+}
+
+double Optimizer::clip(double max_norm, parallel::Communicator&) { return clip_to_norm(sums(), max_norm); }
 
 void Optimizer::share(std::int64_t num_steps, parallel::Communicator& ranks) {
   const at::NoGradGuard no_grad;

@@ -66,8 +66,9 @@ class Optimizer {
 
   /// One for each tensor, in order, contiguous; a tensor that took no part has zeros. They alias the tensors' own gradients.
   std::span<at::Tensor> gradients();
+  at::Tensor& gradient(std::size_t i);  // one of them
   void step(double learning_rate);  // and forgets the gradients
-  void forget_gradients();
+  virtual void forget_gradients();
   void reset();  // moments and number of steps, as if nothing had been learnt yet
 
   /// Tensors and moments by name, for a checkpoint: "weights.<name>" and what moments() lists. Views, not copies.
@@ -78,10 +79,12 @@ class Optimizer {
   std::int64_t num_parameters() const;
   virtual std::int64_t state_bytes() const;  // of the moments, as a checkpoint has them
 
-  /// Collective: clips the gradients (clip_to_norm), which are the sums over ranks already, or become them here where adds_up_itself(); returns
-  /// the norm.
+  /// Collective: begins the sum over ranks of the gradients of these tensors, by number; ranks.finish_sums() ends it.
+  virtual void start_sum(std::span<const std::size_t> tensors, parallel::Communicator& ranks);
+  /// What such sums become and a step applies: gradients(), or this rank's parts of them (train/shared_optimizer.h).
+  virtual std::span<at::Tensor> sums() { return gradients(); }
+  /// Collective: clips the sums (clip_to_norm) and returns their norm.
   virtual double clip(double max_norm, parallel::Communicator& ranks);
-  virtual bool adds_up_itself() const { return false; }
   /// Collective: all ranks get weights and moments as rank 0 has them, which alone was restored.
   virtual void share(std::int64_t num_steps, parallel::Communicator& ranks);
   /// Moments of a checkpoint of which each rank keeps a part (train/shared_optimizer.h), and one of them, whole; collective.
@@ -90,7 +93,7 @@ class Optimizer {
 
   const std::vector<Trained>& trained() const { return trained_; }
 
-  /// Changes the tensors by their gradients, which are there. `step` counts from 1.
+  /// Changes the tensors by sums(), which are there. `step` counts from 1.
   virtual void update(double learning_rate, std::int64_t step) = 0;
   /// What the rule remembers from step to step, "<what>.<name>".
   virtual NamedState moments() const = 0;
@@ -105,7 +108,7 @@ class Optimizer {
 };
 
 /// trainable: names and f32 leaf tensors that require gradients; the tensors are shared, not copied. shared_by: ranks that each keep a part
-/// of the moments; they outlive it.
+/// of summed gradients and moments; they outlive it.
 std::unique_ptr<Optimizer> make_optimizer(const std::vector<models::NamedTensor>& trainable, const OptimizerConfig& config, parallel::Communicator* shared_by = nullptr);
 std::unique_ptr<Optimizer> make_rule(std::vector<Trained> trained, const OptimizerConfig& config);
 

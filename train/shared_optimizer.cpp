@@ -11,6 +11,7 @@
 #include "core/error.h"
 #include "train/adamw8bit.h"
 #include "train/dynamic_map.h"
+#include "train/gradient_sums.h"
 
 namespace alambic::train {
 namespace {
@@ -21,23 +22,26 @@ at::Tensor flat(const at::Tensor& tensor) { return tensor.detach().view(-1); }
 
 }  // namespace
 
-std::vector<std::vector<Slice>> slices_of(std::span<const std::int64_t> sizes, int ranks) {
-  std::int64_t all = 0, before = 0;
-  for (const std::int64_t size : sizes) all += size;
-  std::vector<std::vector<Slice>> slices(static_cast<std::size_t>(ranks));
-  for (const std::int64_t size : sizes) {
-    const std::int64_t units = std::max<std::int64_t>(size / kPieceOfNorm, 1), length = std::max<std::int64_t>(units == 1 ? size : kPieceOfNorm, 1);
-    // Where the part of a rank begins: the nearest unit to its share of all elements. The last unit is the longest.
-    const auto begin_of = [&](std::int64_t rank) {
-      if (rank == ranks) return size;
-      const std::int64_t unit = std::clamp<std::int64_t>((all * rank / ranks - before + length / 2) / length, 0, units);
-      return unit == units ? size : unit * length;
-    };
-    for (std::int64_t rank = 0; rank < ranks; ++rank) {
-      const std::int64_t first = rank == 0 ? 0 : begin_of(rank);
-      slices[static_cast<std::size_t>(rank)].push_back({first, begin_of(rank + 1) - first});
+std::vector<std::vector<Slice>> slices_of(std::span<const std::int64_t> sizes, std::span<const std::vector<std::size_t>> buckets, int ranks) {
+  const auto num_ranks = static_cast<std::size_t>(ranks);
+  std::vector<std::vector<Slice>> slices(num_ranks, std::vector<Slice>(sizes.size()));
+  std::int64_t all = 0;                                    // elements of the buckets so far
+  std::vector<std::int64_t> given(num_ranks), begin(given);  // of those, what the ranks before each have; where its part of this bucket is to begin
+  for (const std::vector<std::size_t>& bucket : buckets) {
+    for (const std::size_t i : bucket) all += sizes[i];
+    for (std::size_t rank = 1; rank < num_ranks; ++rank) begin[rank] = std::max(all * static_cast<std::int64_t>(rank) / ranks - given[rank], begin[rank - 1]);
+    std::int64_t before = 0;  // elements of the bucket
+    for (const std::size_t i : bucket) {
+      const std::int64_t size = sizes[i], units = std::max<std::int64_t>(size / kPieceOfNorm, 1), length = std::max<std::int64_t>(units == 1 ? size : kPieceOfNorm, 1);
+      std::int64_t end = size;
+      for (std::size_t rank = num_ranks; rank-- > 0;) {
+        // The nearest unit. The last one is the longest.
+        const std::int64_t unit = std::clamp<std::int64_t>((begin[rank] - before + length / 2) / length, 0, units), first = rank == 0 ? 0 : unit == units ? size : unit * length;
+        slices[rank][i] = {first, end - first};
+        given[rank] += first, end = first;
+      }
+      before += size;
     }
-    before += size;
   }
   return slices;
 }
@@ -47,7 +51,7 @@ SharedOptimizer::SharedOptimizer(std::vector<Trained> given, const OptimizerConf
     fail(ErrorKind::kUsage, "optimizer.kind: ", config.kind, " looks at whole matrices, of which ranks that share them (ranks.shard) have parts", Remedy{"use adamw or adamw8bit, or ranks.shard: false"});
   std::vector<std::int64_t> sizes;
   for (const Trained& one : trained()) sizes.push_back(one.tensor.numel());
-  slices_ = slices_of(sizes, ranks_.size());
+  slices_ = slices_of(sizes, buckets_of(trained()), ranks_.size());
   for (const std::vector<Slice>& part : slices_) {
     std::int64_t length = 0;
     for (const Slice& slice : part) length += slice.count;
@@ -63,9 +67,8 @@ SharedOptimizer::SharedOptimizer(std::vector<Trained> given, const OptimizerConf
     for (const char* what : {"mean", "square"}) add(what, narrow ? at::kByte : at::kFloat, 1);
     if (narrow)
       for (const char* what : {"mean_scale", "square_scale"}) add(what, at::kFloat, kQuantizationBlock);
-    const Slice& slice = slices_[static_cast<std::size_t>(ranks_.rank())][i];
-    if (slice.count == 0) continue;
-    own.push_back({one.name, flat(one.tensor).narrow(0, slice.first, slice.count).set_requires_grad(true), one.rate, one.weight_decay});
+    if (slice(i).count == 0) continue;
+    own.push_back({one.name, flat(one.tensor).narrow(0, slice(i).first, slice(i).count).set_requires_grad(true), one.rate, one.weight_decay});
     of_own_.push_back(i);
   }
   own_ = make_rule(std::move(own), config);
@@ -84,19 +87,28 @@ void SharedOptimizer::walk(int rank, std::int64_t begin, const at::Tensor& buffe
   }
 }
 
-double SharedOptimizer::clip(double max_norm, parallel::Communicator& ranks) {
-  const std::span<at::Tensor> all = gradients();
-  const std::int64_t at_once = std::max<std::int64_t>(kElementsAtOnce / ranks.size(), 1);
-  for (std::int64_t begin = 0; begin < longest_; begin += at_once) {
-    const at::Tensor parts = at::zeros({ranks.size(), std::min(at_once, longest_ - begin)}, at::kFloat);
-    for (int rank = 0; rank < ranks.size(); ++rank) walk(rank, begin, parts[rank], all, [](const at::Tensor& buffer, const at::Tensor& place) { buffer.copy_(place); });
-    walk(ranks.rank(), begin, ranks.reduce_scatter(parts, "gradients"), all, [](const at::Tensor& buffer, const at::Tensor& place) { place.copy_(buffer); });
-  }
+void SharedOptimizer::start_sum(std::span<const std::size_t> tensors, parallel::Communicator& ranks) {
+  std::vector<std::vector<at::Tensor>> parts(static_cast<std::size_t>(ranks.size()));
   std::vector<at::Tensor> own;
-  for (const std::size_t i : of_own_) {
-    const Slice& slice = slices_[static_cast<std::size_t>(ranks.rank())][i];
-    own.push_back(flat(all[i]).narrow(0, slice.first, slice.count));
+  for (const std::size_t i : tensors) {
+    const at::Tensor whole = flat(gradient(i));
+    for (std::size_t rank = 0; rank < parts.size(); ++rank)
+      if (const Slice& part = slices_[rank][i]; part.count > 0) parts[rank].push_back(whole.narrow(0, part.first, part.count));
+    if (slice(i).count == 0) continue;
+    const auto k = static_cast<std::size_t>(std::lower_bound(of_own_.begin(), of_own_.end(), i) - of_own_.begin());
+    own.push_back(own_->trained()[k].tensor.mutable_grad() = at::empty({slice(i).count}, whole.options()));
   }
+  ranks.start_reduce_scatter(parts, own, "gradients");
+  for (const std::size_t i : tensors) trained()[i].tensor.mutable_grad().reset();
+}
+
+void SharedOptimizer::forget_gradients() {
+  Optimizer::forget_gradients();
+  own_->forget_gradients();
+}
+
+double SharedOptimizer::clip(double max_norm, parallel::Communicator& ranks) {
+  const std::span<at::Tensor> own = sums();
   // Squares of all pieces in the order of the whole; a piece is of one rank, and the zeros of the others change nothing.
   std::vector<std::int64_t> first = {0};
   for (const Trained& one : trained()) first.push_back(first.back() + (one.tensor.numel() + kPieceOfNorm - 1) / kPieceOfNorm);
@@ -104,7 +116,7 @@ double SharedOptimizer::clip(double max_norm, parallel::Communicator& ranks) {
   const std::vector<double> of_own = squares_of(own);
   auto next = of_own.begin();
   for (std::size_t k = 0; k < own.size(); ++k) {
-    const std::int64_t begin = first[of_own_[k]] + slices_[static_cast<std::size_t>(ranks.rank())][of_own_[k]].first / kPieceOfNorm, count = (own[k].numel() + kPieceOfNorm - 1) / kPieceOfNorm;
+    const std::int64_t begin = first[of_own_[k]] + slice(of_own_[k]).first / kPieceOfNorm, count = (own[k].numel() + kPieceOfNorm - 1) / kPieceOfNorm;
     std::copy_n(next, count, squares.mutable_data_ptr<double>() + begin);
     next += count;
   }
@@ -115,10 +127,6 @@ double SharedOptimizer::clip(double max_norm, parallel::Communicator& ranks) {
 }
 
 void SharedOptimizer::update(double learning_rate, std::int64_t step) {
-  for (std::size_t k = 0; k < of_own_.size(); ++k) {
-    const Slice& slice = slices_[static_cast<std::size_t>(ranks_.rank())][of_own_[k]];
-    own_->trained()[k].tensor.mutable_grad() = flat(trained()[of_own_[k]].tensor.grad()).narrow(0, slice.first, slice.count);
-  }
   own_->update(learning_rate, step);
   own_->forget_gradients();
   std::vector<at::Tensor> weights;
@@ -203,7 +211,7 @@ void SharedOptimizer::share(std::int64_t num_steps, parallel::Communicator& rank
     const Moment& moment = moments_[i];
     at::Tensor whole = ranks.rank() == 0 ? given_.at(i).second.contiguous() : at::empty(moment.whole.shape, moment.whole.type);
     ranks.broadcast_in_place({&whole, 1}, 0, "the checkpoint's moments");
-    const Slice own = moment.of(slices_[static_cast<std::size_t>(ranks.rank())][moment.tensor]);
+    const Slice own = moment.of(slice(moment.tensor));
     if (own.count > 0) own_part(moment).copy_(whole.view(-1).narrow(0, own.first, own.count));
   }
   given_.clear();

@@ -86,7 +86,7 @@ void CheckpointConfig::visit(FieldVisitor& fields) {
 
 void RanksConfig::visit(FieldVisitor& fields) {
   fields.field("timeout", timeout, {.help = "a rank that keeps the others waiting for longer is lost, and all end with exit code 7; longer than the longest save and sample take", .unit = "seconds", .low = 1, .high = 1e6});
-  fields.field("shard", shard, {.help = "each rank keeps its part: of the blocks' frozen weights, gathered just before use (method: lora), or of the moments (method: full); less memory, the same bits"});
+  fields.field("shard", shard, {.help = "each rank keeps its part: of the blocks' frozen weights, gathered just before use (method: lora), or of gradients and moments (method: full); less memory, the same bits"});
   fields.field("shard_group", shard_group, {.help = "with shard and method: lora, each group of so many ranks that follow each other shares a model of its own: those of one machine; 0: all ranks share one", .unit = "ranks", .low = 0, .high = 1e6});
   fields.field("connect_timeout", connect_timeout, {.help = "for all ranks to come together at the start", .unit = "seconds", .low = 1, .high = 1e6});
   fields.field("context", context, {.help = "consecutive ranks that share each row, for rows that are too long for one: each has its part of the tokens, and keys and values go round", .low = 1, .high = 1024});

@@ -472,6 +472,13 @@ TEST_F(CommandLine, ARunFromPlanToMerge) {
   EXPECT_EQ(of_two["memory"], of_one["memory"]);
   EXPECT_GT(sharing["ranks"]["bytes_received_a_step"], of_two["ranks"]["bytes_received_a_step"]);
   EXPECT_NE(sharing["memory"]["weights"], of_two["memory"]["weights"]);
+  const auto full_of = [&](const char* ranks, const char* batches) {
+    return object_of(call({"plan", config, "--json", "--no-probe", "-n", ranks, "--set", "method=full", "--set", "ranks.shard=true", "--set", std::string("data.batches_per_step=") + batches}))["memory"];
+  };
+  const Json whole = full_of("1", "2"), one_each = full_of("2", "2"), two_each = full_of("2", "4");
+  for (const Json& memory : {one_each, two_each}) EXPECT_EQ(2 * memory["optimizer"].get<std::uint64_t>(), whole["optimizer"]);
+  EXPECT_NE(one_each["trained"], whole["trained"]);
+  EXPECT_EQ(two_each["trained"], whole["trained"]);  // sums of the first micro-batch
   EXPECT_TRUE(refuses({"plan", config, "--no-probe", "-n", "3", "--set", "data.batches_per_step=4"}, 2, "data.batches_per_step: 4 micro-batches cannot be shared evenly by 3 ranks"));
 
   const Outcome trained = call({"train", config, "--json"});

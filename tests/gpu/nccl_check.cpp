@@ -78,10 +78,11 @@ TEST_P(OnGpus, SumsHaveTheBitsOfGloo) {
     ranks.sum_in_place({&on_gpu, 1}, "over NCCL");
     if (!on_processor.equal(tree_sum(parts))) return "Gloo: not the tree's bits";
     if (!on_gpu.cpu().equal(on_processor)) return "NCCL: not the tree's bits";
-    std::vector<at::Tensor> rows;
-    for (int rank = 0; rank < ranks.size(); ++rank) rows.push_back(own.narrow(0, 1000 * rank, 999));
-    const at::Tensor share = ranks.reduce_scatter(at::stack(rows).to(gpu_of(ranks)), "share");
-    if (!share.is_cuda()) return "reduce_scatter left the GPU";
+    std::vector<std::vector<at::Tensor>> rows;
+    for (int rank = 0; rank < ranks.size(); ++rank) rows.push_back({own.narrow(0, 1000 * rank, 999).to(gpu_of(ranks))});
+    at::Tensor share = at::empty({999}, rows[0][0].options());
+    ranks.start_reduce_scatter(rows, {&share, 1}, "share");
+    ranks.finish_sums("share");
     return share.cpu().equal(on_processor.narrow(0, 1000 * ranks.rank(), 999)) ? "" : "reduce_scatter";
   }));
 }

@@ -6,7 +6,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/randn.h>
-#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <gtest/gtest.h>
@@ -68,11 +67,41 @@ TEST_P(OnRanks, SumsFollowTheTree) {
     ranks.sum_in_place({&own, 1}, "tree");
     if (!own.equal(tree_sum(parts))) return "not the tree's bits";
     if (ranks.size() > 2 && own.equal(parts[0] + parts[1] + parts[2] + (ranks.size() == 3 ? at::zeros({1}) : parts[3]))) return "the order does not show, so this test sees nothing";
-    // reduce_scatter gives each rank its share of the same sum.
-    std::vector<at::Tensor> rows;
-    for (int rank = 0; rank < ranks.size(); ++rank) rows.push_back(parts[static_cast<std::size_t>(ranks.rank())].narrow(0, 1000 * rank, 999));
-    const at::Tensor share = ranks.reduce_scatter(at::stack(rows), "share");
-    return share.equal(own.narrow(0, 1000 * ranks.rank(), 999)) ? "" : "reduce_scatter";
+    return "";
+  }));
+}
+
+TEST_P(OnRanks, ScatteredSumsArePartsOfThoseInPlace) {
+  expect_all_fine(run_ranks(GetParam(), kPatient, [](Communicator& ranks) -> std::string {
+    const auto size = static_cast<std::size_t>(ranks.size()), self = static_cast<std::size_t>(ranks.rank());
+    const at::Tensor given = (at::arange(4'000'000, at::kFloat) * (1.1 + ranks.rank())).sin().mul(20).exp();
+    at::Tensor whole = given.clone(), other = given.narrow(0, 0, 3'000'000).clone();
+    ranks.sum_in_place({&whole, 1}, "whole");
+    // Uneven parts of several tensors: of more than one bucket, of one element, of none.
+    const auto part_of = [&](std::size_t rank, std::size_t i) -> std::int64_t { return (rank + i) % 3 == 0 ? 0 : i == 1 ? 1 : static_cast<std::int64_t>(300'001 + 250'000 * rank); };
+    std::vector<std::pair<at::Tensor, at::Tensor>> sums_and_wanted;
+    for (int turn = 0; turn < 3; ++turn) {
+      std::vector<std::vector<at::Tensor>> parts(size);
+      std::vector<at::Tensor> own;
+      std::int64_t begin = turn;
+      for (std::size_t i = 0; i < 3; ++i)
+        for (std::size_t rank = 0; rank < size; begin += part_of(rank, i), ++rank) {
+          if (part_of(rank, i) == 0 && i == 2) continue;  // an empty tensor, or none at all
+          parts[rank].push_back(given.narrow(0, begin, part_of(rank, i)).clone());
+          if (rank != self) continue;
+          own.push_back(at::full({part_of(rank, i)}, -1, at::kFloat));
+          sums_and_wanted.emplace_back(own.back(), whole.narrow(0, begin, part_of(rank, i)));
+        }
+      ranks.start_reduce_scatter(parts, own, "parts");
+      for (std::vector<at::Tensor>& part : parts)
+        for (at::Tensor& tensor : part) tensor.fill_(1e30);  // they are read already
+      if (turn == 1) ranks.start_sum({&other, 1}, "a sum between");
+    }
+    ranks.start_reduce_scatter(std::vector<std::vector<at::Tensor>>(size), {}, "nothing");
+    ranks.finish_sums("parts");
+    for (std::size_t i = 0; i < sums_and_wanted.size(); ++i)
+      if (!sums_and_wanted[i].first.equal(sums_and_wanted[i].second)) return "part " + std::to_string(i);
+    return other.equal(whole.narrow(0, 0, 3'000'000)) ? "" : "the sum between";
   }));
 }
 
@@ -233,6 +262,34 @@ TEST_P(LostRank, ThatDiedBetweenTwoSumsIsNamed) {
     return "";
   });
   expect_lost(ends, GetParam(), 10, {"rank " + std::to_string(GetParam()) + " died in step 4, gradients 1", "in step 4, "});
+}
+
+TEST_P(LostRank, ThatDiedBetweenTwoScatteredSumsIsNamed) {
+  const auto ends = run_ranks(3, kPatient, [](Communicator& ranks) {
+    ranks.at_step(4);
+    const std::vector<std::vector<at::Tensor>> parts(3, {at::zeros({1 << 20})});
+    std::vector<at::Tensor> own(6);
+    for (std::size_t i = 0; i < own.size(); ++i) {
+      if (i == 2 && ranks.rank() == static_cast<int>(GetParam())) ::kill(::getpid(), SIGKILL);
+      own[i] = at::zeros({1 << 20});
+      ranks.start_reduce_scatter(parts, {&own[i], 1}, "gradients " + std::to_string(i));
+    }
+    ranks.finish_sums("all gradients");
+    return "";
+  });
+  expect_lost(ends, GetParam(), 10, {"rank " + std::to_string(GetParam()) + " died in step 4, gradients 1", "in step 4, "});
+}
+
+TEST_P(LostRank, ThatHangsBeforeItsPartOfASumIsNamed) {
+  const auto ends = run_ranks(3, {.timeout_seconds = 3, .connect_timeout_seconds = 60}, [](Communicator& ranks) {
+    ranks.barrier("first");
+    if (ranks.rank() == static_cast<int>(GetParam())) ::raise(SIGSTOP);
+    at::Tensor own = at::zeros({1 << 20});
+    ranks.start_reduce_scatter(std::vector<std::vector<at::Tensor>>(3, {at::zeros({1 << 20})}), {&own, 1}, "gradients");
+    ranks.finish_sums("all gradients");
+    return "";
+  });
+  expect_lost(ends, GetParam(), 3 + 10, {"rank " + std::to_string(GetParam()) + " hangs in step 0, first", "in step 0, all gradients"});
 }
 
 TEST_P(LostRank, ThatHangsBeforeItsPartOfAGatherIsNamed) {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks that share the frozen base (ranks.shard): the same bytes as ranks that each hold the whole, and as one rank. Python's standard
+"""Ranks that share the frozen base, or gradients and moments (ranks.shard): the same bytes as ranks that each hold the whole, and as one rank. Python's standard
 library only.
 
 usage: shard_test.py ALAMBIC
@@ -62,6 +62,21 @@ class Shard(unittest.TestCase):
                 self.scene.train(f"rows-{kind}-shared", *rows, *both, *SHARD, *shared, ranks=ranks)
                 for name in ("metrics.jsonl", "checkpoint-8/state.safetensors"):
                     self.assertEqual(*[(self.scene.root / run / name).read_bytes() for run in (f"rows-{kind}", f"rows-{kind}-shared")], name)
+
+    def test_a_full_fine_tune_shares_its_gradients_of_any_number_of_micro_batches(self):
+        names = ("metrics.jsonl", "checkpoint-8/state.safetensors", "weights/model.safetensors")
+        full = setting(method="full", schedule__learning_rate="1e-3", limits__max_steps="8")
+        for kind in ("adamw", "adamw8bit"):
+            for deterministic in ("true", "false"):
+                for batches, ranks in ((2, 2), (12, 2), (12, 4)):
+                    with self.subTest(kind, deterministic=deterministic, batches=batches, ranks=ranks):
+                        run = f"gradients-{kind}-{deterministic}-{batches}-{ranks}"
+                        words = full + setting(optimizer__kind=kind, deterministic=deterministic, data__batches_per_step=batches)
+                        # The tree has the bits of one rank; otherwise as many ranks have them.
+                        self.scene.train(run, *words, ranks=1 if deterministic == "true" else ranks)
+                        self.scene.train(f"{run}-shared", *words, *SHARD, ranks=ranks)
+                        for name in names:
+                            self.assertEqual(*[(self.scene.root / each / name).read_bytes() for each in (run, f"{run}-shared")], name)
 
     def test_a_full_fine_tune_shares_its_moments(self):
         names = ("metrics.jsonl", "checkpoint-8/state.safetensors", "weights/model.safetensors")

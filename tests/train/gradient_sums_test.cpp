@@ -2,9 +2,12 @@
 #include "train/gradient_sums.h"
 
 #include <ATen/ops/randn.h>
+#include <ATen/ops/stack.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <functional>
+#include <map>
 #include <tuple>
 
 #include "lora/adapter.h"
@@ -12,6 +15,7 @@
 #include "tests/models/tiny_model.h"
 #include "tests/support.h"
 #include "train/cross_entropy.h"
+#include "train/shared_optimizer.h"
 
 namespace alambic::train {
 namespace {
@@ -24,13 +28,16 @@ class Twin : public parallel::Communicator {
   void start_sum(std::span<at::Tensor> tensors, std::string_view) override {
     for (const at::Tensor& tensor : tensors) begun.push_back(tensor);
   }
+  void start_reduce_scatter(std::span<const std::vector<at::Tensor>> parts, std::span<at::Tensor> own, std::string_view) override {
+    if (on_start) on_start();
+    for (std::size_t i = 0; i < own.size(); ++i) begun.push_back(own[i].copy_(parts[0].at(i)));
+  }
   void finish_sums(std::string_view) override {
     for (at::Tensor& tensor : begun) tensor.mul_(2);
   }
-  at::Tensor all_gather(const at::Tensor& own, std::string_view) override { return own; }
+  at::Tensor all_gather(const at::Tensor& own, std::string_view) override { return at::stack({own, own}); }
   std::unique_ptr<parallel::Gather> start_gather(const at::Tensor&, const at::Tensor&, int, std::string_view) override { return nullptr; }
   std::unique_ptr<parallel::Gather> start_exchange(const at::Tensor&, int, const at::Tensor&, int, std::string_view) override { return nullptr; }
-  at::Tensor reduce_scatter(const at::Tensor& parts, std::string_view) override { return parts; }
   void broadcast_in_place(std::span<at::Tensor>, int, std::string_view) override {}
   void barrier(std::string_view) override {}
   void at_step(std::int64_t) override {}
@@ -39,6 +46,7 @@ class Twin : public parallel::Communicator {
   void tell_failure(std::string_view) noexcept override {}
 
   std::vector<at::Tensor> begun;
+  std::function<void()> on_start;
 };
 
 class Sums : public ::testing::TestWithParam<std::tuple<bool, bool>> {};
@@ -51,11 +59,11 @@ struct Model {
   models::Decoder decoder = testing::decoder_of(golden);
   std::unique_ptr<Optimizer> optimizer;
 
-  explicit Model(bool fused, bool full) {
+  explicit Model(bool fused, bool full, parallel::Communicator* shared_by = nullptr) {
     if (full) lora::train_everything(decoder);
     else lora::attach(decoder, {.rank = 3, .alpha = 6}, 1);
     EXPECT_EQ(fused ? models::use_fused_blocks(decoder) : "", "");
-    optimizer = make_optimizer(lora::trainable(decoder), {});
+    optimizer = make_optimizer(lora::trainable(decoder), {}, shared_by);
   }
   void backward() {
     const at::Tensor hidden_TD = decoder.hidden_TD(testing::input_of(golden));
@@ -92,6 +100,77 @@ TEST_P(Sums, BeginInTheBackwardPassAndHaveItsGradients) {
     EXPECT_TRUE(summed.optimizer->gradients()[i].equal(expected[i])) << trained[i].name;
     EXPECT_TRUE(ranks.begun[i].is_same(trained[order[i]].tensor.grad())) << "sum " << i;
   }
+}
+
+/// What is alive of tensors that nobody here holds.
+class Alive {
+ public:
+  void watch(const at::Tensor& tensor) { storages_.emplace_back(tensor.storage().getWeakStorageImpl()); }
+  std::size_t bytes() const {
+    std::size_t bytes = 0;
+    for (const auto& weak : storages_)
+      if (const auto storage = weak.lock()) bytes += storage->nbytes();
+    return bytes;
+  }
+
+ private:
+  std::vector<c10::weak_intrusive_ptr<c10::StorageImpl>> storages_;
+};
+
+TEST_P(Sums, ThatRanksShareFreeEachBlocksGradientsInTheBackwardPass) {
+  const auto [fused, full] = GetParam();
+  Model plain(fused, full);
+  plain.backward();
+  Twin ranks;
+  Model shared(fused, full, &ranks);
+  const std::vector<Trained>& trained = shared.optimizer->trained();
+  Alive pending_alive;
+  std::vector<Gradients> pending(2);
+  std::vector<at::Tensor> expected;
+  std::vector<std::int64_t> sizes;
+  std::map<std::string, std::size_t> of_block;
+  std::size_t in_blocks = 0, largest_block = 0, outside = 0;
+  for (std::size_t i = 0; i < trained.size(); ++i) {
+    for (Gradients& sums : pending) sums.push_back(at::randn(trained[i].tensor.sizes())), pending_alive.watch(sums.back());
+    expected.push_back(2 * (pending[0][i] + (pending[1][i] + plain.optimizer->gradients()[i])).flatten());
+    sizes.push_back(trained[i].tensor.numel());
+    const std::string& name = trained[i].name;
+    const std::size_t bytes = trained[i].tensor.nbytes();
+    if (!is_in_block(name)) outside += bytes;
+    else in_blocks += bytes, largest_block = std::max(largest_block, of_block[name.substr(0, name.find('.', name.find(".layers.") + 8))] += bytes);
+  }
+  const auto whole_bytes = [&] {
+    std::size_t bytes = 0;
+    for (const Trained& one : trained)
+      if (one.tensor.grad().defined()) bytes += one.tensor.grad().nbytes();
+    return bytes;
+  };
+  std::size_t most = 0;
+  ranks.on_start = [&] { most = std::max(most, whole_bytes()); };
+  GradientSums sums(*shared.optimizer, ranks, /*in_backward=*/true, /*bucket_bytes=*/1);
+  sums.expect_last(std::move(pending));
+  shared.backward();
+  EXPECT_GT(most, 0u);
+  EXPECT_LE(most, largest_block + outside);
+  EXPECT_LT(largest_block, in_blocks);
+  EXPECT_LE(whole_bytes(), outside);
+  EXPECT_EQ(pending_alive.bytes(), 2 * outside);  // which wait for finish()
+  sums.finish();
+  EXPECT_EQ(whole_bytes(), 0u);
+  EXPECT_EQ(pending_alive.bytes(), 0u);
+  const std::vector<Slice> slices = slices_of(sizes, buckets_of(trained), 2)[0];
+  const std::span<at::Tensor> own = shared.optimizer->sums();
+  std::size_t k = 0, own_bytes = 0;
+  for (std::size_t i = 0; i < trained.size(); ++i)
+    if (slices[i].count > 0) {
+      ASSERT_LT(k, own.size());
+      own_bytes += own[k].nbytes();
+      EXPECT_TRUE(own[k++].equal(expected[i].narrow(0, slices[i].first, slices[i].count))) << trained[i].name;
+    }
+  EXPECT_EQ(k, own.size());
+  EXPECT_LT(own_bytes, (in_blocks + outside) * 3 / 4);
+  shared.optimizer->step(1e-3);
+  EXPECT_EQ(whole_bytes(), 0u);
 }
 
 TEST_P(Sums, OfATensorThatGetsAnotherGradientAreRefused) {
