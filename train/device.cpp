@@ -4,8 +4,6 @@
 #include <ATen/Context.h>
 
 #include <cstdlib>
-#include <string>
-#include <string_view>
 
 #include "core/error.h"
 
@@ -19,11 +17,9 @@ TrainConfig with_device(const TrainConfig& given, const parallel::Gpus& gpus) {
   if (config.device == "cpu") return config;
   if (gpus.seen.empty())
     fail(ErrorKind::kResource, "device: cuda: there is no GPU: ", gpus.why_none, Remedy{"set device: auto or cpu; alambic doctor says which GPUs there are, and cmake --preset cuda builds with CUDA"});
-  const auto refuse = [&](std::string_view what, const char* instead) {
-    fail(ErrorKind::kUsage, what, " on processors alone, but device: ", given.device, given.device == "auto" ? " has found a GPU" : " is asked for", Remedy{std::string("use ") + instead + ", or set device: cpu"});
-  };
-  if (config.optimizer.kind == "adamw8bit") refuse("optimizer.kind: adamw8bit computes", "adamw, adafactor or muon");
-  if (config.ranks.shard && config.method == "full") refuse("ranks.shard: with method: full ranks share moments", "ranks.shard: false");
+  if (config.optimizer.kind == "adamw8bit")
+    fail(ErrorKind::kUsage, "optimizer.kind: adamw8bit computes on processors alone, but device: ", given.device, given.device == "auto" ? " has found a GPU" : " is asked for",
+         Remedy{"use adamw, adafactor or muon, or set device: cpu"});
   return config;
 }
 

@@ -4,6 +4,8 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/_foreach_norm.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -86,11 +88,27 @@ at::Tensor sum_of_squares_by_operators(std::span<at::Tensor> gradients) {
 double clip_to_norm_by_operators(std::span<at::Tensor> gradients, double max_norm) {
   const at::NoGradGuard no_grad;
   const double square = sum_of_squares_by_operators(gradients).item<double>(), norm = norm_of({&square, 1});
-  if (const float scale = scale_to(max_norm, norm); scale != 1) at::_foreach_mul_(at::TensorList(gradients.data(), gradients.size()), scale);
+  scale_to_norm(gradients, norm, max_norm);
   return norm;
 }
 
+std::vector<double> squares_of_by_operators(std::span<at::Tensor> tensors) {
+  const at::NoGradGuard no_grad;
+  std::vector<at::Tensor> norms;  // summed in f64 without a copy in it
+  const auto add = [&](const at::Tensor& rows) { norms.push_back(at::linalg_vector_norm(rows, 2, at::IntArrayRef{1}, false, at::kDouble)); };
+  for (const at::Tensor& tensor : tensors) {
+    const at::Tensor flat = tensor.view(-1);
+    const std::int64_t pieces = flat.numel() / kPieceOfNorm, whole = pieces * kPieceOfNorm;
+    if (pieces > 0) add(flat.narrow(0, 0, whole).view({pieces, kPieceOfNorm}));
+    if (whole < flat.numel()) add(flat.narrow(0, whole, flat.numel() - whole).unsqueeze(0));
+  }
+  if (norms.empty()) return {};
+  const at::Tensor squares = at::cat(norms).square().cpu();
+  return {squares.const_data_ptr<double>(), squares.const_data_ptr<double>() + squares.numel()};
+}
+
 std::vector<double> squares_of(std::span<at::Tensor> tensors) {
+  if (!tensors.empty() && !tensors.front().is_cpu()) return squares_of_by_operators(tensors);
   const std::vector<Piece> pieces = pieces_of(tensors);
   std::vector<double> sums(pieces.size());
   for_each_piece(pieces, [&](std::size_t i) { run_vectorised<SumOfSquares>(static_cast<const float*>(pieces[i].values), pieces[i].count, &sums[i]); });
@@ -107,7 +125,8 @@ double norm_of(std::span<const double> squares) {
 
 void scale_to_norm(std::span<at::Tensor> gradients, double norm, double max_norm) {
   const float scale = scale_to(max_norm, norm);
-  if (scale == 1) return;
+  if (scale == 1 || gradients.empty()) return;
+  if (!gradients.front().is_cpu()) return at::_foreach_mul_(at::TensorList(gradients.data(), gradients.size()), scale);
   const std::vector<Piece> pieces = pieces_of(gradients);
   for_each_piece(pieces, [&](std::size_t i) { run_vectorised<Scaled>(pieces[i].values, pieces[i].count, scale); });
 }

@@ -26,6 +26,7 @@ double clip_to_norm(std::span<at::Tensor> gradients, double max_norm);
 /// by tensor; the norm of them all; and the scaling.
 inline constexpr std::int64_t kPieceOfNorm = 1 << 14;  // long enough to be worth a thread's while, short enough that all threads get some
 std::vector<double> squares_of(std::span<at::Tensor> tensors);
+std::vector<double> squares_of_by_operators(std::span<at::Tensor> tensors);
 double norm_of(std::span<const double> squares);
 void scale_to_norm(std::span<at::Tensor> gradients, double norm, double max_norm);
 /// What it does elsewhere than in a processor's memory.

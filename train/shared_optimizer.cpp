@@ -133,7 +133,7 @@ void SharedOptimizer::update(double learning_rate, std::int64_t step) {
   for (const Trained& one : trained()) weights.push_back(one.tensor.detach());
   const std::int64_t at_once = std::max<std::int64_t>(kElementsAtOnce / ranks_.size(), 1);
   for (std::int64_t begin = 0; begin < longest_; begin += at_once) {
-    const at::Tensor own = at::zeros({std::min(at_once, longest_ - begin)}, at::kFloat);
+    const at::Tensor own = at::zeros({std::min(at_once, longest_ - begin)}, weights.front().options());
     walk(ranks_.rank(), begin, own, weights, [](const at::Tensor& buffer, const at::Tensor& place) { buffer.copy_(place); });
     const at::Tensor all = ranks_.all_gather(own, "weights");
     for (int rank = 0; rank < ranks_.size(); ++rank)

@@ -289,6 +289,10 @@ TEST(OptimizersThere, AdafactorAgreesWithTransformersAndMuonWithTorch) {
 TEST(OptimizersThere, NormsAreTheProcessorsAndWhatIsNotFiniteIsLeft) {
   std::vector<at::Tensor> here = {at::randn({200, 300}), at::randn({7}), at::randn({1})}, far;
   for (const at::Tensor& tensor : here) far.push_back(there(tensor));
+  const std::vector<double> squares = squares_of(far), expected = squares_of(here);
+  ASSERT_EQ(squares.size(), 4u + 1 + 1);  // 60,000 elements in pieces of 16,384
+  ASSERT_EQ(squares.size(), expected.size());
+  for (std::size_t i = 0; i < squares.size(); ++i) EXPECT_NEAR(squares[i], expected[i], 1e-12 * expected[i]) << i;
   EXPECT_NEAR(clip_to_norm(far, 0.5), clip_to_norm(here, 0.5), 1e-9);
   for (std::size_t i = 0; i < here.size(); ++i) EXPECT_TRUE(is_close(far[i].cpu(), here[i], {.relative = 2e-7}));
   for (const float bad : {1e20f, std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
@@ -458,6 +462,18 @@ class Bounced : public parallel::Communicator {
       tensor.copy_(here);
     }
   }
+  void start_reduce_scatter(std::span<const std::vector<at::Tensor>> parts, std::span<at::Tensor> own, std::string_view what) override {
+    std::vector<std::vector<at::Tensor>> parts_here;
+    std::vector<at::Tensor> own_here;
+    for (const std::vector<at::Tensor>& part : parts) {
+      parts_here.emplace_back();
+      for (const at::Tensor& tensor : part) parts_here.back().push_back(tensor.cpu());
+    }
+    for (const at::Tensor& tensor : own) own_here.push_back(at::empty(tensor.sizes(), at::kFloat));
+    ranks_.start_reduce_scatter(parts_here, own_here, what);
+    ranks_.finish_sums(what);
+    for (std::size_t i = 0; i < own.size(); ++i) own[i].copy_(own_here[i]);
+  }
   void finish_sums(std::string_view what) override { ranks_.finish_sums(what); }
   at::Tensor all_gather(const at::Tensor& own, std::string_view what) override { return ranks_.all_gather(own.cpu(), what).to(own.device()); }
   std::unique_ptr<parallel::Gather> start_gather(const at::Tensor& all, const at::Tensor& own, int group, std::string_view what) override {
@@ -466,7 +482,6 @@ class Bounced : public parallel::Communicator {
     return std::make_unique<Arriving>(ranks_, all, own.cpu(), group, what);
   }
   std::unique_ptr<parallel::Gather> start_exchange(const at::Tensor&, int, const at::Tensor&, int, std::string_view) override { throw std::logic_error("no exchange"); }
-  at::Tensor reduce_scatter(const at::Tensor& parts, std::string_view what) override { return ranks_.reduce_scatter(parts.cpu(), what).to(parts.device()); }
   void broadcast_in_place(std::span<at::Tensor> tensors, int root, std::string_view what) override {
     for (at::Tensor& tensor : tensors) {
       at::Tensor here = tensor.cpu();
@@ -520,6 +535,11 @@ void write_deeper(const std::filesystem::path& folder) {
   write_file(folder / "config.json", to_line(config));
 }
 
+data::Batch batch_of(std::int64_t tokens, std::int64_t first, bool masked = false) {
+  return {.tokens_T = at::arange(first, first + tokens), .positions_T = at::arange(tokens), .targets_T = at::arange(first + 1, first + tokens + 1),
+          .keep_T = at::full({tokens}, !masked, at::kBool), .document_lengths = {tokens}, .origins = {}, .num_kept = masked ? 0 : tokens};
+}
+
 struct Kept {
   const char* name;
   at::ScalarType type;
@@ -529,12 +549,12 @@ struct Kept {
 
 void PrintTo(const Kept& kept, std::ostream* out) { *out << kept.name; }
 
-class SharedThere : public ::testing::TestWithParam<Kept> {};
-INSTANTIATE_TEST_SUITE_P(Kept, SharedThere, ::testing::Values(Kept{"F32", at::kFloat, {}}, Kept{"Bf16", at::kBFloat16, {}}, Kept{"Int8", at::kFloat, {.format = "int8"}}, Kept{"Dora", at::kFloat, {}, true}),
+class BaseSharedThere : public ::testing::TestWithParam<Kept> {};
+INSTANTIATE_TEST_SUITE_P(Kept, BaseSharedThere, ::testing::Values(Kept{"F32", at::kFloat, {}}, Kept{"Bf16", at::kBFloat16, {}}, Kept{"Int8", at::kFloat, {.format = "int8"}}, Kept{"Dora", at::kFloat, {}, true}),
                          [](const auto& test) { return std::string(test.param.name); });
 
 // In one step a rank has nothing to learn from and goes through the blocks for the other alone.
-TEST_P(SharedThere, RanksLearnTheBitsOfRanksThatHoldAll) {
+TEST_P(BaseSharedThere, RanksLearnTheBitsOfRanksThatHoldAll) {
   const ScratchFolder scratch;
   const auto ends = testing::run_ranks(2, testing::kPatient, [&](parallel::Communicator& here) -> std::string {
     Bounced ranks(here);
@@ -551,10 +571,7 @@ TEST_P(SharedThere, RanksLearnTheBitsOfRanksThatHoldAll) {
       const auto optimizer = make_optimizer(lora::trainable(decoder), {});
       const LossSum loss_sum = [&](const data::Batch& batch, std::uint64_t seed) { return cross_entropy_sum(decoder.hidden_TD(input_of(batch, seed)), decoder.head, batch.targets_T, batch.keep_T, seed); };
       for (int number = 0; number < 4; ++number) {
-        const std::int64_t tokens = 9 + number, first = 20 * ranks.rank() + number;
-        const bool masked = number == 2 && ranks.rank() == 1;
-        const data::Batch batch{.tokens_T = at::arange(first, first + tokens), .positions_T = at::arange(tokens), .targets_T = at::arange(first + 1, first + tokens + 1),
-                                .keep_T = at::full({tokens}, !masked, at::kBool), .document_lengths = {tokens}, .origins = {}, .num_kept = masked ? 0 : tokens};
+        const data::Batch batch = batch_of(9 + number, 20 * ranks.rank() + number, /*masked=*/number == 2 && ranks.rank() == 1);
         if (!step({&batch, 1}, loss_sum, *optimizer, 1e-2, 1.0, 7, ranks, {}, Order::kTree, {}, 1, decoder.shards.get()).applied) throw std::runtime_error("a step was not applied");
       }
       std::vector<at::Tensor> trained;
@@ -570,6 +587,38 @@ TEST_P(SharedThere, RanksLearnTheBitsOfRanksThatHoldAll) {
     return whole[1].abs().max().item<double>() > 0 ? "" : "nothing was learnt";
   });
   testing::expect_all_fine(ends);
+}
+
+TEST(MomentsSharedThere, RanksThatShareMomentsLearnWhatRanksThatHoldAllLearn) {
+  testing::expect_all_fine(testing::run_ranks(2, testing::kPatient, [&](parallel::Communicator& here) -> std::string {
+    Bounced ranks(here);
+    for (const double max_norm : {0.0, 0.3}) {
+      const auto learnt = [&](bool shares) {
+        models::Decoder decoder = checkpoints::load_decoder(testing::golden_path("peft/llama_tied"), at::kFloat);
+        models::move_to(decoder, kPretendDevice);
+        lora::train_everything(decoder);
+        const auto optimizer = make_optimizer(lora::trainable(decoder), {}, shares ? &ranks : nullptr);
+        const LossSum loss_sum = [&](const data::Batch& batch, std::uint64_t seed) { return cross_entropy_sum(decoder.hidden_TD(input_of(batch, seed)), decoder.head, batch.targets_T, batch.keep_T, seed); };
+        for (int number = 0; number < 3; ++number) {
+          const std::vector<data::Batch> batches = {batch_of(9 + number, 20 * ranks.rank()), batch_of(5, 3 + number)};
+          if (!step(batches, loss_sum, *optimizer, 1e-3, max_norm, 7, ranks, {}, Order::kTree).applied) throw std::runtime_error("a step was not applied");
+        }
+        for (const auto& [name, moment] : optimizer->moments())
+          if (moment.device() != kPretendDevice) throw std::runtime_error(name + " is elsewhere");
+        std::vector<at::Tensor> result;
+        for (const models::NamedTensor& tensor : lora::trainable(decoder)) result.push_back(tensor.tensor->detach().cpu());
+        if (!shares) return result;
+        const auto shared = optimizer->shared_moments();
+        for (std::size_t i = 0; i < shared.size(); ++i)
+          if (optimizer->gather_moment(i).abs().max().item<double>() == 0) throw std::runtime_error(shared[i].name + " is 0");
+        return result;
+      };
+      const std::vector<at::Tensor> whole = learnt(false), shared = learnt(true);
+      for (std::size_t i = 0; i < whole.size(); ++i)  // where nothing is clipped, by no norm's last bit
+        if (!(max_norm == 0 ? ::testing::AssertionResult(shared[i].equal(whole[i])) : is_close_to_scale(shared[i], whole[i], 1e-6))) return "tensor " + std::to_string(i) + " differs";
+    }
+    return "";
+  }));
 }
 
 // ---- which device
@@ -601,11 +650,6 @@ TEST(Device, AutoIsWhatThereIsAndCudaWithoutAGpuSaysWhy) {
   config.device = "auto";
   EXPECT_EQ(on_processor(config, "distill").device, "cpu");
   EXPECT_TRUE(fails_with(ErrorKind::kUsage, "device: auto has found a GPU", [&] { with_device(config, kTwo); }));
-  config.optimizer.kind = "adamw", config.ranks.shard = true;
-  EXPECT_EQ(with_device(config, kTwo).device, "cuda");
-  config.method = "full";
-  EXPECT_TRUE(fails_with(ErrorKind::kUsage, "ranks.shard: with method: full ranks share moments on processors alone, but device: auto has found a GPU", [&] { with_device(config, kTwo); }));
-  EXPECT_EQ(with_device(config, kNone).device, "cpu");
 }
 
 TEST(Device, EachRankOfAMachineHasItsOwn) {

@@ -168,14 +168,16 @@ TEST_P(OnAGpu, TwoGpusLearnWhatOneLearns) {
   }
 }
 
-TEST_P(OnAGpu, TwoGpusThatShareTheBaseLearnTheBitsOfTwoThatHoldAll) {
+TEST_P(OnAGpu, TwoGpusThatShareLearnTheBitsOfTwoThatHoldAll) {
   if (num_gpus < 2) GTEST_SKIP() << "2 GPUs are needed, there are " << num_gpus;
   const ScratchFolder folder;
   TrainConfig whole = config_of(folder, "whole", GetParam(), "cuda"), shared = config_of(folder, "shared", GetParam(), "cuda");
-  if (whole.method != "lora" || whole.lora.init == "pissa") GTEST_SKIP() << "its base cannot be shared";
+  if (whole.lora.init == "pissa" || whole.optimizer.kind != "adamw") GTEST_SKIP() << "what it changes cannot be shared";
   whole.deterministic = shared.deterministic = shared.ranks.shard = true;
   finetune_by_two(whole);
   finetune_by_two(shared);
+  // The last bit of a norm of shared gradients may be another, and so all that is clipped by it.
+  if (whole.method == "full") return expect_like(shared.output, whole.output, GetParam().tolerance);
   for (const char* file : {"metrics.jsonl", "checkpoint-12/state.safetensors"}) EXPECT_EQ(sha256_of_file(shared.output / file), sha256_of_file(whole.output / file)) << file;
 }
 
