@@ -401,6 +401,7 @@ Json step(const std::filesystem::path& model, at::ScalarType type, const StepCas
   models::Decoder teacher;
   if (wanted.teacher == "copy") {
     teacher = checkpoints::load_decoder(model, type, {.format = wanted.quantize}, checkpoints::Linears::kAsStored);
+    models::make_head_dense(teacher);
     models::use_fused_blocks(teacher);
   } else if (wanted.teacher == "base") {
     teacher = distill::base_of(decoder, outside).value();

@@ -173,28 +173,27 @@ models::Decoder load_decoder(const fs::path& folder, at::ScalarType compute_type
   std::map<const at::Tensor*, models::Linear*> linears;
   for (const models::Block& block : decoder.blocks)
     for (const auto& [slot, norm] : block.norms) norms.insert(&norm);
-  for (const models::NamedLinear& named : decoder.linears())
-    if (named.layer >= 0) linears.emplace(&named.linear->weight_OI, named.linear);
+  for (const models::NamedLinear& named : decoder.linears()) linears.emplace(&named.linear->weight_OI, named.linear);
   for (const models::NamedTensor& named : decoder.tensors()) {
     const auto linear = linears.find(named.tensor);
-    if (std::shared_ptr<const models::FrozenWeight> frozen = weights.frozen(named.name); frozen && linear != linears.end()) {
+    if (std::shared_ptr<const models::FrozenWeight> frozen = weights.frozen(named.name); frozen && linear != linears.end() && linear->second != &decoder.head) {
       linear->second->quantized = std::move(frozen);
       linear->second->quantized_compute = compute_type;
       continue;
     }
     at::ScalarType type = norms.contains(named.tensor) ? at::kFloat : compute_type;
-    const bool is_quantized = weights.is_quantized(named.name), stays = !is_quantized && linear != linears.end() && kept == Linears::kAsStored && type == at::kFloat &&
-                                                                        at::isReducedFloatingType(weights.tensors().type(named.name));
+    const bool is_quantized = weights.is_quantized(named.name), is_matrix = linear != linears.end() || named.tensor == &decoder.embedding_VD,
+               stays = !is_quantized && is_matrix && kept == Linears::kAsStored && type == at::kFloat && at::isReducedFloatingType(weights.tensors().type(named.name));
     if (stays) type = weights.tensors().type(named.name);
     const at::Tensor loaded = is_quantized ? weights.tensor(named.name).to(type) : weights.tensors().tensor_as(named.name, type);
     // After the conversion, which can itself overflow; the values are still in the processor's cache then.
     if (const std::int64_t bad = first_non_finite(loaded); bad >= 0)
       fail(ErrorKind::kData, folder.string(), ": tensor \"", named.name, "\" is not finite at element ", bad, " as ", toString(loaded.scalar_type()),
            Remedy{"these weights are damaged: fetch them again"});
-    if (stays) linear->second->quantized = std::make_shared<lora::StoredWeight>(loaded), linear->second->quantized_compute = compute_type;
+    if (stays && linear != linears.end()) lora::keep_as_stored(*linear->second, loaded);
     else *named.tensor = loaded;
   }
-  if (decoder.head_tied) decoder.head.weight_OI = decoder.embedding_VD;
+  lora::tie_head(decoder);
   return decoder;
 }
 

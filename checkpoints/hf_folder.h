@@ -60,7 +60,8 @@ class FolderTensors {
 /// warning, and config.tied_head and config.source then say so.
 /// The blocks' linear layers are quantised as asked, one after the other, so that the dense model is never in memory; those of
 /// a folder that bitsandbytes quantised are taken as they are (Error(kUsage): something else is asked for).
-/// kAsStored: what of them is stored in bf16 or f16 stays so, a view of the mapping, where the run computes in f32 (lora/stored_weight.h).
+/// kAsStored: what of linear layers, embedding and head is stored in bf16 or f16 stays so, a view of the mapping, where the run computes in f32
+/// (lora/stored_weight.h).
 /// sharing: each of several ranks loads its part of these layers and no more of them (Decoder::shards), in the narrower of the type of the
 /// file and that of the run; the ranks outlive the decoder, and all of them call this.
 enum class Linears { kDense, kAsStored };

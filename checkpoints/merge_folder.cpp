@@ -24,6 +24,7 @@
 #include "core/files.h"
 #include "core/log.h"
 #include "lora/merge.h"
+#include "lora/stored_weight.h"
 #include "models/token_rows.h"
 
 namespace alambic::checkpoints {
@@ -57,6 +58,11 @@ struct Changes {
   std::string relation;
   std::map<std::string, models::Adapter> adapters;  // by the name of the weight
   std::map<std::string, at::Tensor> replaced;
+  struct Rows {
+    at::Tensor rows_ND;
+    std::vector<std::int64_t> ids;
+  };
+  std::map<std::string, Rows> rows;  // that take the place of some of a table's
   std::vector<std::string> names;  // of all tensors written, sorted: the order in which a safetensors file has them
   std::string embedding, head;     // names of the two
   bool head_tied = false;
@@ -67,13 +73,13 @@ struct Changes {
 void note_tensors(models::Decoder& decoder, Changes& changes) {
   changes.head = decoder.linears().back().path + ".weight";
   changes.head_tied = decoder.head_tied && !decoder.head.adapter;
-  if (changes.head_tied != decoder.head_tied) changes.names.push_back(changes.head);
+  if (!changes.head_tied) changes.names.push_back(changes.head);
   for (const models::NamedTensor& tensor : decoder.tensors()) {
-    changes.names.push_back(tensor.name);
+    if (tensor.tensor != &decoder.head.weight_OI) changes.names.push_back(tensor.name);
     if (tensor.tensor == &decoder.embedding_VD) changes.embedding = tensor.name;
   }
   for (const models::NamedLinear& linear : decoder.linears())
-    if (linear.linear->quantized) changes.names.push_back(linear.path + ".weight");
+    if (linear.linear->quantized && linear.layer >= 0) changes.names.push_back(linear.path + ".weight");
   std::sort(changes.names.begin(), changes.names.end());
 }
 
@@ -88,9 +94,9 @@ Changes load_adapter_changes(models::Decoder& decoder, const MergeConfig& config
   for (const models::NamedTensor& tensor : decoder.tensors())
     if (tensor.tensor->requires_grad()) changes.replaced.emplace(tensor.name, tensor.tensor->detach());
   if (decoder.token_rows_ND.defined())
-    changes.replaced.emplace(changes.embedding, models::with_token_rows(decoder.embedding_VD, decoder.token_rows_ND, decoder.token_row_ids));
+    changes.rows.emplace(changes.embedding, Changes::Rows{decoder.token_rows_ND.detach(), decoder.token_row_ids});
   if (decoder.head.token_rows_ND.defined() && !decoder.head_tied)
-    changes.replaced.emplace(changes.head, models::with_token_rows(decoder.head.weight_OI, decoder.head.token_rows_ND, decoder.head.token_row_ids));
+    changes.rows.emplace(changes.head, Changes::Rows{decoder.head.token_rows_ND.detach(), decoder.head.token_row_ids});
   changes.num_adapter_tensors = static_cast<std::int64_t>(SafetensorsFile(file_of_folder(config.adapter, "adapter_model.safetensors")).entries().size());
   return changes;
 }
@@ -102,7 +108,10 @@ Changes load_finetuned_changes(models::Decoder& decoder, const MergeConfig& conf
   const FolderTensors tuned(config.adapter);
   std::vector<std::string> problems;
   for (const models::NamedLinear& linear : decoder.linears())  // those as stored get a place for the trained weight
-    if (linear.linear->quantized) linear.linear->weight_OI = base.tensor(linear.path + ".weight"), linear.linear->quantized = nullptr;
+    if (linear.linear->quantized) {
+      const bool is_tied = linear.layer < 0 && decoder.head_tied;
+      linear.linear->weight_OI = is_tied ? decoder.embedding_VD : base.tensor(linear.path + ".weight"), linear.linear->quantized = nullptr;
+    }
   note_tensors(decoder, changes);
   if (decoder.head_tied && tuned.contains(changes.head) && tuned.contains(changes.embedding) &&
       !at::equal(tuned.tensor_as(changes.head, at::kFloat), tuned.tensor_as(changes.embedding, at::kFloat))) {
@@ -124,11 +133,16 @@ Changes load_finetuned_changes(models::Decoder& decoder, const MergeConfig& conf
     for (const std::string& problem : problems) lines += "\n" + problem;
     fail(ErrorKind::kData, config.adapter.string(), ": ", problems.size(), " tensors do not fit the base ", config.base.string(), ":", lines);
   }
+  const auto stays = [&](const std::string& name) { return at::isReducedFloatingType(tuned.type(name)); };
   for (const models::NamedTensor& tensor : decoder.tensors()) {
     changes.replaced.emplace(tensor.name, tuned.tensor(tensor.name));
-    *tensor.tensor = tuned.tensor_as(tensor.name, at::kFloat);
+    *tensor.tensor = tensor.tensor == &decoder.embedding_VD && stays(tensor.name) ? tuned.tensor(tensor.name) : at::Tensor();
   }
-  if (decoder.head_tied) decoder.head.weight_OI = decoder.embedding_VD;
+  for (const models::NamedLinear& linear : decoder.linears())
+    if ((linear.layer >= 0 || !decoder.head_tied) && stays(linear.path + ".weight")) lora::keep_as_stored(*linear.linear, tuned.tensor(linear.path + ".weight"));
+  for (const models::NamedTensor& tensor : decoder.tensors())
+    if (!tensor.tensor->defined()) *tensor.tensor = tuned.tensor_as(tensor.name, at::kFloat);
+  lora::tie_head(decoder);
   if (!decoder.head_tied && !tuned.contains(changes.head)) fail(ErrorKind::kBug, "a head that is not tied has no tensor");
   changes.num_adapter_tensors = static_cast<std::int64_t>(tuned.names().size());
   return changes;
@@ -139,6 +153,7 @@ at::Tensor merged_tensor(const std::string& name, const Changes& changes, const 
   if (const auto found = changes.replaced.find(name); found != changes.replaced.end()) return found->second;
   // A head that parted from its embedding without being trained itself is what the embedding was.
   const at::Tensor stored = base.tensor(name == changes.head && !base.contains(name) ? changes.embedding : name);
+  if (const auto found = changes.rows.find(name); found != changes.rows.end()) return models::with_token_rows(stored, found->second.rows_ND, found->second.ids);
   const auto adapter = changes.adapters.find(name);
   return adapter == changes.adapters.end() ? stored : lora::merged_weight(stored, adapter->second);
 }
@@ -380,7 +395,7 @@ MergeReport merge_folder(const MergeConfig& given) {
   const at::Tensor trained_TV = probe_logits(decoder, probe);
   report.relation = changes.relation;
   report.num_adapter_tensors = changes.num_adapter_tensors;
-  report.num_changed = static_cast<std::int64_t>(changes.adapters.size() + changes.replaced.size());
+  report.num_changed = static_cast<std::int64_t>(changes.adapters.size() + changes.replaced.size() + changes.rows.size());
   report.kl_of_base = logit_distance(trained_TV, base_TV).kl;
   decoder = models::Decoder();  // its memory is needed for the shards
 
@@ -432,6 +447,8 @@ MergeReport merge_folder(const MergeConfig& given) {
     if (!used.contains(name)) fail(ErrorKind::kBug, "the adapter of ", name, " was not merged");
   for (const auto& [name, tensor] : changes.replaced)
     if (!used.contains(name) && name != changes.head) fail(ErrorKind::kBug, "the trained tensor ", name, " was not written");
+  for (const auto& [name, rows] : changes.rows)
+    if (!used.contains(name) && name != changes.head) fail(ErrorKind::kBug, "the trained rows of ", name, " were not written");
 
   // The proof: what lies on the disk now, read as any other model folder.
   const models::Decoder reloaded = load_decoder(temporary.path(), at::kFloat, {}, Linears::kAsStored);

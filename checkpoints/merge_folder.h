@@ -63,8 +63,9 @@ struct MergeReport {
 /// An adapter that was trained on a quantised base is merged, in f32, onto the de-quantised values it was trained on: those of
 /// the folder where that is quantised, else the base is quantised in the same way again (adapter_quantization). All weights
 /// written are dense.
-/// Streams tensor by tensor: base and output are mapped files, of which the proof makes one layer at a time dense in f32. What must be in
-/// memory is the adapter, embedding and head in f32, and a block's work; all linear layers too where the adapter needs them (linears_for). Error(kUsage): the output exists and is not this very merge; contradictory config. Error(kData): the
+/// Streams tensor by tensor: base and output are mapped files, of which the proof widens one layer, or a part of the head, at a time. What must be in
+/// memory is the adapter (in f32 what it trains whole), logits of the probe, and at most two tensors (one being written, the next being made), where something is added to
+/// them in f32 before and after it and in the type written; all weights in f32 too where the adapter needs them (linears_for). Error(kUsage): the output exists and is not this very merge; contradictory config. Error(kData): the
 /// adapter does not fit the base, or an input is damaged. Error(kResource): not enough disk. Error(kNumerics): the proof
 /// failed; then, as after every error, nothing is left behind.
 MergeReport merge_folder(const MergeConfig& config);

@@ -276,8 +276,7 @@ lora::BaseQuantization adapter_quantization(const std::filesystem::path& folder)
 }
 
 Linears linears_for(const std::filesystem::path& folder) {
-  const lora::LoraConfig config = read_adapter_config(folder);
-  return config.modules_to_save.empty() && !lora::parse_init(config.init).changes_base() ? Linears::kAsStored : Linears::kDense;
+  return lora::parse_init(read_adapter_config(folder).init).changes_base() ? Linears::kDense : Linears::kAsStored;
 }
 
 lora::LoraConfig load_adapter(models::Decoder& decoder, const std::filesystem::path& folder, const std::string& base_hash) {
@@ -294,12 +293,13 @@ lora::LoraConfig load_adapter(models::Decoder& decoder, const std::filesystem::p
   if (const lora::BaseQuantization quantization = adapter_quantization(folder); quantization.is_on()) {
     std::string format = "none";
     for (const models::NamedLinear& linear : decoder.linears())
-      if (linear.linear->quantized) format = linear.linear->quantized->format();
+      if (linear.linear->quantized && !linear.linear->quantized->stored_OI().defined()) format = linear.linear->quantized->format();
     if (format != quantization.format)
       fail(ErrorKind::kUsage, path.string(), ": was trained on a base quantised as ", lora::name_of(quantization), ", this one is ", format == "none" ? "not quantised" : "quantised as " + format,
            Remedy{"quantise the base the same way: quantize_base: " + quantization.format});
   }
 
+  lora::make_trained_dense(decoder, config);
   lora::AdapterPlan plan;
   try {
     plan = lora::plan_adapters(decoder, config, lora::Unmatched::kWarned);
@@ -310,7 +310,7 @@ lora::LoraConfig load_adapter(models::Decoder& decoder, const std::filesystem::p
   std::vector<std::string> problems, names;
   std::map<std::string, const models::Linear*> base_of_copy;  // key of a copied base weight -> what it must equal
   for (const lora::PlannedAdapter& adapter : plan.adapters)
-    if (!adapter.linear->quantized || lora::is_exact(*adapter.linear->quantized)) base_of_copy[std::string(lora::kPeftPrefix) + adapter.path + ".base_layer.weight"] = adapter.linear;
+    if (!adapter.linear->quantized || adapter.linear->quantized->stored_OI().defined()) base_of_copy[std::string(lora::kPeftPrefix) + adapter.path + ".base_layer.weight"] = adapter.linear;
   for (const auto& [key, shape] : expected) names.push_back(key);
 
   for (const auto& [key, shape] : expected) {

@@ -26,8 +26,7 @@ lora::LoraConfig read_adapter_config(const std::filesystem::path& folder);
 /// ordinary one of twice the rank (lora::relative_to_base), in the decoder and in the config.
 lora::LoraConfig load_adapter(models::Decoder& decoder, const std::filesystem::path& folder, const std::string& base_hash = "");
 
-/// How load_decoder should keep the base's linear layers for this adapter: as stored, unless it stands in for whole layers or is relative
-/// to what a start took out of them.
+/// How load_decoder should keep the base's matrices for this adapter: as stored, unless it is relative to what a start took out of them.
 Linears linears_for(const std::filesystem::path& folder);
 
 /// Writes the adapter (and modules_to_save) of a decoder, with a card; the folder is made if need be, and files of these

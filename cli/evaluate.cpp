@@ -73,7 +73,7 @@ int run_evaluate(const Arguments& arguments, const Terminal& terminal) {
         fail(ErrorKind::kData, printable(store.folder().string()), ": made by another tokenizer: its hash is ", store.info().tokenizer_hash, ", the model's is ", hash,
              Remedy{"prepare the text again with this model's tokenizer"});
   }
-  const models::Decoder decoder = load_model(task.model, task.adapter, task.compute, arguments.text("device"), checkpoints::Linears::kAsStored);  // long passes: one layer dense at a time
+  const models::Decoder decoder = load_model(task.model, task.adapter, task.compute, arguments.text("device"), checkpoints::Linears::kAsStored);  // long passes: one layer or a part of the head dense at a time
 
   Json report = {{"model", printable(task.model.string())}, {"adapter", task.adapter.empty() ? Json(nullptr) : Json(printable(task.adapter.string()))}, {"stores", Json::array()}};
   const at::NoGradGuard no_gradients;
@@ -101,7 +101,8 @@ Verb evaluate_verb() {
   Verb verb{.name = "evaluate",
             .summary = "loss, perplexity and bits per UTF-8 byte on held-out stores",
             .description = "Measures how well a model predicts token stores: loss in nats a token, perplexity, and bits per UTF-8 byte, which can be compared between tokenizers; "
-                           "for each store and, inside it, for each language and source. With CONFIG the result of that finished run is measured on its evaluation.stores.",
+                           "for each store and, inside it, for each language and source. With CONFIG the result of that finished run is measured on its evaluation.stores. "
+                           "Weights stored in bf16 or f16 stay as the file has them, also where the computing is in f32: one layer at a time is widened.",
             .positionals = {{.name = "CONFIG", .help = "the YAML file of a finished run, instead of --model and --store", .required = false}},
             .options = model_options("auto"),
             .examples = {{"alambic evaluate -m runs/base --store stores/heldout --json", "a model as it is"}, {"alambic evaluate run.yaml", "what a run has learnt"}},

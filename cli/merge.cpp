@@ -73,6 +73,7 @@ Verb merge_verb() {
           .summary = "adapter + base -> Hugging Face model folder, proven equal",
           .description = "Folds an adapter (or the weights of a full fine-tune) into its base and writes a model folder that transformers loads, with tokenizer, licence texts, "
                          "a card and a SHA-256 manifest. The written folder is loaded again and compared with base + adapter; it is published only when they agree. "
+                         "In memory are the adapter, two tensors at a time, and what one layer computes: not the model. "
                          "Licences that are not permissive, or unknown, are named.",
           .positionals = {{.name = "TUNED", .help = "a finished run, or a PEFT adapter folder", .kind = Kind::kFolder},
                           {.name = "OUTPUT", .help = "the model folder to make", .kind = Kind::kFolder}},

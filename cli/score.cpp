@@ -64,7 +64,7 @@ int run_score(const Arguments& arguments, const Terminal& terminal) {
     log_warning(ids.size(), " tokens are more than the ", config.max_positions, " positions the model was made for; what lies beyond is scored badly");
 
   const at::NoGradGuard no_gradients;
-  const models::Decoder decoder = load_model(arguments);
+  const models::Decoder decoder = load_model(model, arguments.path("adapter"), arguments.text("compute"), arguments.text("device"), checkpoints::Linears::kAsStored);  // one pass: each weight is widened once, for it
   // One token alone has nothing before it, hence no probability to tell.
   const std::vector<double> logprobs = ids.size() < 2 ? std::vector<double>{} : models::score(decoder, ids);
   double sum = 0;

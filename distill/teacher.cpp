@@ -185,6 +185,7 @@ void Teacher::load(const models::Decoder& student, const models::Decoder& outsid
   } else {
     const auto linears = config_.adapter.empty() ? checkpoints::Linears::kAsStored : checkpoints::linears_for(config_.adapter);
     decoder_ = checkpoints::load_decoder(config_.model, compute_type_for(student_), quantization, linears);
+    models::make_head_dense(decoder_);  // objectives take logits of every few rows
     make_ready();
     for (const models::NamedTensor& tensor : decoder_.tensors()) num_bytes_ += tensor.tensor->nbytes();
     for (const models::NamedLinear& linear : decoder_.linears())

@@ -158,6 +158,20 @@ std::vector<std::int64_t> token_ids_of(const std::vector<std::string>& entries, 
   return ids;
 }
 
+void make_trained_dense(models::Decoder& decoder, const LoraConfig& config) {
+  std::vector<bool> ignored(config.modules_to_save.size());
+  const auto trains = [&](const std::string& path) { return saved_whole(config.modules_to_save, path, ignored); };
+  bool trains_head = false;
+  for (const models::NamedTensor& tensor : decoder.tensors())
+    if (tensor.tensor == &decoder.embedding_VD) trains_head = decoder.head_tied && trains(module_of(tensor.name));
+  for (const models::NamedLinear& named : decoder.linears()) {
+    models::Linear& linear = *named.linear;
+    if (!linear.quantized || !linear.quantized->stored_OI().defined() || !(trains(named.path) || (named.layer < 0 && trains_head))) continue;
+    if (named.layer < 0) models::make_head_dense(decoder);
+    else linear.weight_OI = linear.dense_OI(linear.compute_type()), linear.quantized = nullptr;
+  }
+}
+
 AdapterPlan plan_adapters(models::Decoder& decoder, const LoraConfig& config, Unmatched unmatched) {
   std::vector<std::string> problems;
   const auto problem = [&](const auto&... parts) {
@@ -347,11 +361,11 @@ void attach_empty(models::Decoder& decoder, const LoraConfig& config, Unmatched 
     decoder.token_row_ids = plan.token_ids;
     decoder.token_rows_ND = rows_of(decoder.embedding_VD);
     if (decoder.head_tied) decoder.head.token_rows_ND = decoder.token_rows_ND;
-    if (plan.token_head) decoder.head.token_rows_ND = rows_of(decoder.head.weight_OI);
+    if (plan.token_head) decoder.head.token_rows_ND = rows_of(decoder.head.quantized ? decoder.head.quantized->stored_OI() : decoder.head.weight_OI);
     if (decoder.head.token_rows_ND.defined()) decoder.head.token_row_ids = plan.token_ids;
   }
   if (!decoder.head_tied) return;
-  const bool parted = decoder.head.weight_OI.unsafeGetTensorImpl() != decoder.embedding_VD.unsafeGetTensorImpl();
+  const bool parted = !decoder.head.quantized && decoder.head.weight_OI.unsafeGetTensorImpl() != decoder.embedding_VD.unsafeGetTensorImpl();
   if (parted && plan.keep_tie) decoder.head.weight_OI = decoder.embedding_VD;
   if (parted && !plan.keep_tie) {
     decoder.head_tied = false;

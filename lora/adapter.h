@@ -77,6 +77,9 @@ std::vector<std::int64_t> token_ids_of(const std::vector<std::string>& entries, 
 /// Whether an entry of trainable_tokens is an id or a range of ids, and not a token's text.
 bool names_ids(const std::string& entry);
 
+/// Weights that the config trains whole and that are kept as stored (lora/stored_weight.h) become dense, for their trained copies to begin with.
+void make_trained_dense(models::Decoder& decoder, const LoraConfig& config);
+
 /// Error(kUsage) that lists all problems: targets that match nothing with the nearest module names, values out of range.
 AdapterPlan plan_adapters(models::Decoder& decoder, const LoraConfig& config, Unmatched unmatched = Unmatched::kRefused);
 

@@ -2,6 +2,7 @@
 #include "lora/stored_weight.h"
 
 #include <ATen/core/grad_mode.h>
+#include <c10/core/ScalarType.h>
 
 #include <utility>
 
@@ -20,6 +21,19 @@ void StoredWeight::dense_into(const at::Tensor& out_OI) const {
   check_dense(*this, out_OI);
   const at::NoGradGuard constant;
   out_OI.copy_(weight_OI_);
+}
+
+void keep_as_stored(models::Linear& linear, const at::Tensor& weight_OI) {
+  linear.weight_OI = at::Tensor();
+  linear.quantized = std::make_shared<StoredWeight>(weight_OI);
+  linear.quantized_compute = at::kFloat;
+}
+
+void tie_head(models::Decoder& decoder) {
+  if (!decoder.head_tied) return;
+  const bool stays = decoder.compute_type() == at::kFloat && at::isReducedFloatingType(decoder.embedding_VD.scalar_type());
+  if (stays) keep_as_stored(decoder.head, decoder.embedding_VD);
+  else decoder.head.weight_OI = decoder.embedding_VD, decoder.head.quantized = nullptr;
 }
 
 }  // namespace alambic::lora

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "models/decoder.h"
 #include "models/frozen_weight.h"
 
 namespace alambic::lora {
@@ -21,12 +22,16 @@ class StoredWeight final : public models::FrozenWeight {
   at::Device device() const override { return weight_OI_.device(); }
   std::shared_ptr<const models::FrozenWeight> on(at::Device to) const override { return std::make_shared<StoredWeight>(weight_OI_.to(to)); }
   void dense_into(const at::Tensor& out_OI) const override;
+  at::Tensor stored_OI() const override { return weight_OI_; }
 
  private:
   at::Tensor weight_OI_;
 };
 
-/// Whether the dense weight is what the model was published with, without loss.
-inline bool is_exact(const models::FrozenWeight& weight) { return dynamic_cast<const StoredWeight*>(&weight) != nullptr; }
+/// Makes weight_OI (bf16 or f16) the frozen weight of a layer that computes in f32.
+void keep_as_stored(models::Linear& linear, const at::Tensor& weight_OI);
+
+/// A tied head gets the embedding for its weight, dense or as stored as that is; any other stays.
+void tie_head(models::Decoder& decoder);
 
 }  // namespace alambic::lora

@@ -166,11 +166,11 @@ Decoder make_decoder(const ModelConfig& config) {
 at::Tensor Decoder::hidden_TD(const Input& input) const {
   check_input(input);
   const at::Device device = embedding_VD.device();
-  at::Tensor h_TD = embedded_TD(embedding_VD, token_rows_ND, token_row_ids, input.tokens_T.to(device), config.pad_id);
+  at::Tensor h_TD = embedded_TD(embedding_VD, token_rows_ND, token_row_ids, input.tokens_T.to(device), config.pad_id, compute_type());
   if (config.family->scale_embedding) {
-    // Gemma multiplies in the embedding's type; in bf16 sqrt(hidden size) is rounded with it.
+    // Gemma multiplies in the embedding's type; in bf16 sqrt(hidden size) is rounded with it. A run in f32 widens what is stored before it multiplies.
     const double scale = std::sqrt(static_cast<double>(config.hidden_size));
-    h_TD = h_TD * (embedding_VD.scalar_type() == at::kBFloat16 ? static_cast<double>(at::BFloat16(static_cast<float>(scale))) : scale);
+    h_TD = h_TD * (embedding_VD.scalar_type() == at::kBFloat16 && compute_type() == at::kBFloat16 ? static_cast<double>(at::BFloat16(static_cast<float>(scale))) : scale);
   }
   add_neftune_noise_in_place(h_TD, input.document_lengths, input.neftune_alpha, input.dropout_seed, input.shared);
   if (input.shared != nullptr && !fused) fail(ErrorKind::kBug, "a shared row without the fused blocks");
@@ -215,7 +215,7 @@ std::vector<NamedTensor> Decoder::tensors() {
     }
   }
   list.push_back({published_path(family, Slot::kFinalNorm, 0) + ".weight", &final_norm_D});
-  if (!head_tied) list.push_back({published_path(family, Slot::kHead, 0) + ".weight", &head.weight_OI});
+  if (!head_tied && !head.quantized) list.push_back({published_path(family, Slot::kHead, 0) + ".weight", &head.weight_OI});
   return list;
 }
 
@@ -247,6 +247,14 @@ std::vector<NamedLinear> Decoder::linears() {
     }
   list.push_back({published_path(*config.family, Slot::kHead, 0), Slot::kHead, -1, &head});
   return list;
+}
+
+void make_head_dense(Decoder& decoder) {
+  Linear& head = decoder.head;
+  if (!head.quantized) return;
+  head.weight_OI = head.dense_OI(head.compute_type());
+  head.quantized = nullptr;
+  if (decoder.head_tied) decoder.embedding_VD = head.weight_OI;
 }
 
 at::ScalarType Decoder::compute_type() const { return blocks.front().linears.at(Slot::kOutput).compute_type(); }

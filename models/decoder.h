@@ -75,10 +75,10 @@ struct NamedLinear {
 
 struct Decoder {
   ModelConfig config;
-  at::Tensor embedding_VD;
+  at::Tensor embedding_VD;  // in the compute type, or in the 16 bits of its file: rows are widened as they are looked up
   std::vector<Block> blocks;
   at::Tensor final_norm_D;
-  Linear head;             // head.weight_OI is the same tensor object as embedding_VD where the head is tied
+  Linear head;             // where tied, head.weight_OI is the same tensor object as embedding_VD, or head.quantized holds it as it is stored
   bool head_tied = false;  // false after training made the two differ
   bool fused = false;      // set by use_fused_blocks(): passes without a key-value cache take the fused path
   Keep keep = Keep::kAll;
@@ -105,6 +105,10 @@ struct Decoder {
 /// of each of its tensors(), in the same order. Linear weights and the embedding go in in the compute type, norms in f32.
 Decoder make_decoder(const ModelConfig& config);
 std::vector<std::pair<std::string, std::vector<std::int64_t>>> expected_shapes(const ModelConfig& config);
+
+/// A head that is kept as stored becomes dense, and the embedding with it where they are one: for a reader that needs its logits for every few rows, by
+/// operators, which widen the whole head each time. The tiles of train/cross_entropy.h take it as it is.
+void make_head_dense(Decoder& decoder);
 
 /// bf16 where the processor multiplies it natively (AVX512-BF16 or AMX), f32 elsewhere.
 at::ScalarType fastest_compute_type();

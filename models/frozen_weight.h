@@ -26,6 +26,9 @@ class FrozenWeight {
   /// value rounded to the nearest, ties to even. On a processor it allocates nothing and works on all threads; the bits depend on
   /// neither them nor the processor. Error(kBug): another shape, type or layout.
   virtual void dense_into(const at::Tensor& out_OI) const = 0;
+  /// W in the 16 bits it was published with, where it is kept so and widening it is all that dense_into() does; undefined elsewhere. Its rows can
+  /// then be used some at a time.
+  virtual at::Tensor stored_OI() const { return {}; }
 };
 
 }  // namespace alambic::models

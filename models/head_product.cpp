@@ -2,6 +2,7 @@
 #include "models/head_product.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
 
 #include <algorithm>
@@ -18,6 +19,7 @@ namespace {
 
 // A tile of 512 x 96 logits, its transpose, the hidden states and the sums of one thread stay in a megabyte of cache.
 constexpr std::int64_t kRows = 96, kVocabulary = 512;
+constexpr std::int64_t kTogether = 4;  // blocks of rows that share a tile once it is widened
 
 ALAMBIC_VECTORISED float dot(const float* a, const float* b, std::int64_t count) {
   float sum = 0;
@@ -42,33 +44,50 @@ ALAMBIC_VECTORISED void finish_row(float* d, const float* acc, float factor, con
 void tiled_cross_entropy(const at::Tensor& hidden_KD, const at::Tensor& weight_VD, const std::int64_t* targets, double smoothing, double z_loss, double* nats,
                          at::Tensor& d_hidden_KD) {
   const std::int64_t K = hidden_KD.size(0), D = hidden_KD.size(1), V = weight_VD.size(0), blocks = (K + kRows - 1) / kRows;
-  const float *const hidden = hidden_KD.const_data_ptr<float>(), *const weight = weight_VD.const_data_ptr<float>();
+  const bool is_wide = weight_VD.scalar_type() == at::kFloat;
+  const std::int64_t most_together = is_wide ? 1 : kTogether;
+  const float *const hidden = hidden_KD.const_data_ptr<float>(), *const weight = is_wide ? weight_VD.const_data_ptr<float>() : nullptr;
   float* const d_hidden = d_hidden_KD.defined() ? d_hidden_KD.mutable_data_ptr<float>() : nullptr;
-  const at::Tensor all_rows_D = smoothing > 0 ? weight_VD.sum(0) : at::Tensor();  // smoothing's target is their mean
+  const at::Tensor all_rows_D = smoothing > 0 ? weight_VD.to(at::kFloat).sum(0) : at::Tensor();  // smoothing's target is their mean
   const float* const all_rows = smoothing > 0 ? all_rows_D.const_data_ptr<float>() : nullptr;
   at::parallel_for(0, blocks, 1, [&](std::int64_t begin, std::int64_t end) {
-    std::vector<float> turned(static_cast<std::size_t>(D * kRows)), logits(static_cast<std::size_t>(kVocabulary * kRows)), by_row(logits.size()), acc(turned.size()),
-        m(kRows), l(kRows), factor(kRows);
-    for (std::int64_t block = begin; block < end; ++block) {
-      const std::int64_t first = block * kRows, rows = std::min(kRows, K - first);
+    const std::int64_t together = std::min(most_together, end - begin);
+    const auto per_block = static_cast<std::size_t>(D * kRows);
+    std::vector<float> turned(static_cast<std::size_t>(together) * per_block), logits(static_cast<std::size_t>(kVocabulary * kRows)), by_row(d_hidden != nullptr ? logits.size() : 0),
+        acc(d_hidden != nullptr ? turned.size() : 0), m(static_cast<std::size_t>(together * kRows)), l(m.size()), factor(kRows);
+    const at::Tensor wide_VD = is_wide ? at::Tensor() : at::empty({kVocabulary, D}, at::kFloat);
+    // Rows [v0, v0 + count) of the head in f32; where they must be widened, until the next call.
+    const auto rows_of_head = [&](std::int64_t v0, std::int64_t count) {
+      if (is_wide) return weight + v0 * D;
+      wide_VD.narrow(0, 0, count).copy_(weight_VD.narrow(0, v0, count));
+      return wide_VD.const_data_ptr<float>();
+    };
+    for (std::int64_t first_block = begin; first_block < end; first_block += together) {
+      const std::int64_t num_blocks = std::min(together, end - first_block), first = first_block * kRows;
       std::fill(turned.begin(), turned.end(), 0.0f);  // rows behind the last: logits of 0, never read
-      tiles::transpose(hidden + first * D, D, turned.data(), kRows, rows, D);
+      for (std::int64_t b = 0; b < num_blocks; ++b)
+        tiles::transpose(hidden + (first + b * kRows) * D, D, turned.data() + b * kRows * D, kRows, std::min(kRows, K - first - b * kRows), D);
       std::fill(m.begin(), m.end(), tiles::kHidden);
       std::fill(l.begin(), l.end(), 0.0f);
       for (std::int64_t v0 = 0; v0 < V; v0 += kVocabulary) {
         const std::int64_t count = std::min(kVocabulary, V - v0);
-        tile_product(count, kRows, D, weight + v0 * D, D, turned.data(), kRows, logits.data(), kRows, false);
-        const bool shrinks = tiles::softmax_tile(logits.data(), count, kRows, m.data(), l.data(), factor.data());
-        if (d_hidden == nullptr) continue;
-        if (shrinks && v0 > 0)
-          for (std::int64_t i = 0; i < rows; ++i)
-            if (factor[static_cast<std::size_t>(i)] != 1.0f) tiles::scale(acc.data() + i * D, D, factor[static_cast<std::size_t>(i)]);
-        tiles::transpose(logits.data(), kRows, by_row.data(), count, count, kRows);
-        tile_product(kRows, D, count, by_row.data(), count, weight + v0 * D, D, acc.data(), D, v0 > 0);
+        const float* const tile = rows_of_head(v0, count);
+        for (std::int64_t b = 0; b < num_blocks; ++b) {
+          const std::int64_t rows = std::min(kRows, K - first - b * kRows);
+          float* const acc_of_block = acc.data() + b * kRows * D;
+          tile_product(count, kRows, D, tile, D, turned.data() + b * kRows * D, kRows, logits.data(), kRows, false);
+          const bool shrinks = tiles::softmax_tile(logits.data(), count, kRows, m.data() + b * kRows, l.data() + b * kRows, factor.data());
+          if (d_hidden == nullptr) continue;
+          if (shrinks && v0 > 0)
+            for (std::int64_t i = 0; i < rows; ++i)
+              if (factor[static_cast<std::size_t>(i)] != 1.0f) tiles::scale(acc_of_block + i * D, D, factor[static_cast<std::size_t>(i)]);
+          tiles::transpose(logits.data(), kRows, by_row.data(), count, count, kRows);
+          tile_product(kRows, D, count, by_row.data(), count, tile, D, acc_of_block, D, v0 > 0);
+        }
       }
-      for (std::int64_t i = 0; i < rows; ++i) {
+      for (std::int64_t i = 0; i < std::min(num_blocks * kRows, K - first); ++i) {
         const std::int64_t row = first + i;
-        const float *const h = hidden + row * D, *const target_row = weight + targets[row] * D;
+        const float *const h = hidden + row * D, *const target_row = rows_of_head(targets[row], 1);
         const double sum = l[static_cast<std::size_t>(i)], log_sum = static_cast<double>(m[static_cast<std::size_t>(i)]) + std::log(sum);
         const double plain = smoothing > 0 ? dot(h, all_rows, D) : 0;
         nats[row] = log_sum - (1 - smoothing) * dot(h, target_row, D) - (smoothing > 0 ? smoothing * plain / static_cast<double>(V) : 0) + z_loss * log_sum * log_sum;
@@ -78,6 +97,11 @@ void tiled_cross_entropy(const at::Tensor& hidden_KD, const at::Tensor& weight_V
       }
     }
   });
+}
+
+std::uint64_t tiled_cross_entropy_bytes(const at::Tensor& weight_VD, std::int64_t num_threads) {
+  if (weight_VD.scalar_type() == at::kFloat) return static_cast<std::uint64_t>(num_threads) << 20;
+  return static_cast<std::uint64_t>(num_threads * weight_VD.size(1) * (kVocabulary + kTogether * 2 * kRows)) * sizeof(float);
 }
 
 }  // namespace alambic::models

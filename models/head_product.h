@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
-// Cross-entropy of a frozen f32 head by tiles of the vocabulary: a running softmax as in attention (arXiv:2205.14135), keys and
+// Cross-entropy in f32 of a frozen head by tiles of the vocabulary: a running softmax as in attention (arXiv:2205.14135), keys and
 // values being the head's rows. Logits exist only as tiles in a processor's cache, and are made once for value and gradient.
 // Letters: K = rows, D = hidden size, V = vocabulary.
 #include <ATen/core/Tensor.h>
@@ -10,8 +10,12 @@
 namespace alambic::models {
 
 /// nats[i] gets the value of row i as kernels::cross_entropy_rows defines it; d_hidden_KD, unless undefined, its gradient.
-/// hidden_KD, weight_VD, d_hidden_KD: f32, rows contiguous. Nothing depends on the number of threads.
+/// hidden_KD, weight_VD, d_hidden_KD: f32, rows contiguous. weight_VD may be bf16 or f16, of which a tile at a time is widened: the same bits.
+/// Nothing depends on the number of threads.
 void tiled_cross_entropy(const at::Tensor& hidden_KD, const at::Tensor& weight_VD, const std::int64_t* targets, double smoothing, double z_loss, double* nats,
                          at::Tensor& d_hidden_KD);
+
+/// Bytes that it takes besides its arguments, on so many threads.
+std::uint64_t tiled_cross_entropy_bytes(const at::Tensor& weight_VD, std::int64_t num_threads);
 
 }  // namespace alambic::models

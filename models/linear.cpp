@@ -55,25 +55,57 @@ struct Quantized {
   at::ScalarType type;
 };
 
+// This thread's memory for a matrix; it holds until the thread asks again.
+at::Tensor in_buffer(std::int64_t rows, std::int64_t columns, at::ScalarType type, at::Device device) {
+  thread_local at::Tensor buffer;  // of bytes
+  const std::int64_t num_bytes = rows * columns * static_cast<std::int64_t>(c10::elementSize(type));
+  if (!buffer.defined() || buffer.numel() < num_bytes || buffer.device() != device) {
+    buffer = at::Tensor();  // before the larger one is there
+    buffer = at::empty({num_bytes}, at::TensorOptions(at::kByte).device(device));
+  }
+  return buffer.narrow(0, 0, num_bytes).view(type).view({rows, columns});
+}
+
+// x W^T with some rows of W dense at a time, 32 MiB of f32 unless they are long: a head needs no more memory than any other layer, and oneDNN's copy of
+// what it multiplies by is as small. Each output is the same sum. Parts are of about
+// one size and begin at round rows, as libraries take other kernels for what is left over.
+at::Tensor product_in_parts(const at::Tensor& x_TI, const at::Tensor& stored_OI) {
+  constexpr std::int64_t kElements = 8 << 20, kFewestRows = 1024, kRound = 64;
+  const std::int64_t outputs = stored_OI.size(0), inputs = stored_OI.size(1), most = std::max(kFewestRows, kElements / inputs), parts = (outputs + most - 1) / most;
+  const at::Tensor y_TO = at::empty({x_TI.size(0), outputs}, x_TI.options());
+  for (std::int64_t i = 0; i < parts; ++i) {
+    const auto begin_of = [&](std::int64_t part) { return part == parts ? outputs : outputs * part / parts / kRound * kRound; };
+    const std::int64_t first = begin_of(i), count = begin_of(i + 1) - first;
+    const at::Tensor part_CI = in_buffer(count, inputs, x_TI.scalar_type(), x_TI.device());
+    part_CI.copy_(stored_OI.narrow(0, first, count));
+    const at::Tensor y_TC = product(x_TI, part_CI.t());
+    if (parts == 1) return y_TC;
+    y_TO.narrow(1, first, count).copy_(y_TC);
+  }
+  return y_TO;
+}
+
 struct AdaptedLinear : torch::autograd::Function<AdaptedLinear> {
   // a and b are there with an adapter, magnitude with DoRA; either weight or quantized. z is dropout(x), u is z A^T.
   static at::Tensor forward(AutogradContext* context, const at::Tensor& x_TI, const Maybe& weight, const Maybe& bias, const Maybe& a,
                             const Maybe& b, const Maybe& magnitude, const Quantized& quantized, double scale, double dropout, std::uint64_t seed) {
-    const at::Tensor weight_OI = weight ? *weight : dense_in_buffer(*quantized.weight, quantized.type);
+    const at::Tensor stored_OI = weight || magnitude ? at::Tensor() : quantized.weight->stored_OI();  // DoRA needs the norms of whole rows
+    const at::Tensor weight_OI = weight ? *weight : stored_OI.defined() ? at::Tensor() : dense_in_buffer(*quantized.weight, quantized.type);
     const at::Tensor bias_O = bias.value_or(at::Tensor()), a_RI = a.value_or(at::Tensor()), b_OR = b.value_or(at::Tensor());
     const at::Tensor magnitude_O = magnitude.value_or(at::Tensor());
-    const at::ScalarType type = weight_OI.scalar_type();
+    const at::ScalarType type = weight ? weight->scalar_type() : quantized.type;
+    const auto times_weight = [&](const at::Tensor& z_TI) { return stored_OI.defined() ? product_in_parts(z_TI, stored_OI) : product(z_TI, weight_OI.t()); };
     const at::Tensor xc_TI = x_TI.to(type);
     at::Tensor y_TO, u_TR, before_magnitude_TO, ratio_O;
     if (!a_RI.defined()) {
-      y_TO = product(xc_TI, weight_OI.t());
-        if (bias_O.defined()) y_TO.add_(bias_O);
+      y_TO = times_weight(xc_TI);
+      if (bias_O.defined()) y_TO.add_(bias_O);
     } else {
       const at::Tensor z_TI = dropout > 0 ? with_dropout(xc_TI, dropout, seed) : xc_TI;
       u_TR = product(z_TI, a_RI.to(type).t());
       const at::Tensor bt_RO = b_OR.to(type).t();
       if (!magnitude_O.defined()) {
-        y_TO = product(xc_TI, weight_OI.t());
+        y_TO = times_weight(xc_TI);
         if (bias_O.defined()) y_TO.add_(bias_O);
         y_TO.addmm_(u_TR, bt_RO, 1, scale);
       } else {
@@ -87,7 +119,7 @@ struct AdaptedLinear : torch::autograd::Function<AdaptedLinear> {
       }
     }
     // x is kept as it entered the product (converted, where it was converted), and only where a gradient will ask for it.
-    const bool keeps_x = weight_OI.requires_grad() || (a_RI.defined() && a_RI.requires_grad());
+    const bool keeps_x = (weight && weight->requires_grad()) || (a_RI.defined() && a_RI.requires_grad());
     const bool trains_magnitude = magnitude_O.defined() && magnitude_O.requires_grad();
     context->save_for_backward({keeps_x ? xc_TI : at::Tensor(), weight.value_or(at::Tensor()), a_RI, b_OR, u_TR,
                                 trains_magnitude ? before_magnitude_TO : at::Tensor(), magnitude_O, ratio_O});
@@ -190,13 +222,7 @@ at::Tensor adapted_row_norms(const at::Tensor& weight_OI, const Adapter& adapter
 }
 
 at::Tensor dense_in_buffer(const FrozenWeight& weight, at::ScalarType type) {
-  thread_local at::Tensor buffer;  // of bytes
-  const std::int64_t size = weight.outputs() * weight.inputs(), num_bytes = size * static_cast<std::int64_t>(c10::elementSize(type));
-  if (!buffer.defined() || buffer.numel() < num_bytes || buffer.device() != weight.device()) {
-    buffer = at::Tensor();  // before the larger one is there
-    buffer = at::empty({num_bytes}, at::TensorOptions(at::kByte).device(weight.device()));
-  }
-  const at::Tensor dense_OI = buffer.narrow(0, 0, num_bytes).view(type).view({weight.outputs(), weight.inputs()});
+  const at::Tensor dense_OI = in_buffer(weight.outputs(), weight.inputs(), type, weight.device());
   weight.dense_into(dense_OI);
   return dense_OI;
 }
@@ -218,7 +244,7 @@ at::Tensor Linear::operator()(const at::Tensor& x_TI, std::uint64_t dropout_seed
   if (input_squares_I.defined()) at::Tensor(input_squares_I).add_(x_TI.detach().to(at::kFloat).square().sum(0, false, at::kDouble));
   const Maybe bias = if_defined(bias_O), weight = quantized ? Maybe() : Maybe(weight_OI);
   if (token_rows_ND.defined()) {
-    const Linear plain{.weight_OI = weight_OI, .bias_O = bias_O, .adapter = adapter};
+    const Linear plain{.weight_OI = weight_OI, .bias_O = bias_O, .adapter = adapter, .quantized = quantized, .quantized_compute = quantized_compute};
     return with_token_columns(plain(x_TI, dropout_seed), x_TI, token_rows_ND, token_row_ids, bias_O);
   }
   const Quantized frozen{.weight = quantized, .type = quantized_compute};

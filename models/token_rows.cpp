@@ -53,7 +53,7 @@ at::Tensor looked_up(const at::Tensor& table_VD, const at::Tensor& tokens_T, std
 
 }  // namespace
 
-at::Tensor embedded_TD(const at::Tensor& table_VD, const at::Tensor& rows_ND, const std::vector<std::int64_t>& ids, const at::Tensor& tokens_T, std::int64_t pad_id) {
+at::Tensor embedded_TD(const at::Tensor& table_VD, const at::Tensor& rows_ND, const std::vector<std::int64_t>& ids, const at::Tensor& tokens_T, std::int64_t pad_id, at::ScalarType type) {
   const at::Tensor base_TD = looked_up(table_VD, tokens_T, pad_id).to(at::kFloat);
   if (!rows_ND.defined()) return base_TD;
   const at::TensorOptions whole = table_VD.options().dtype(at::kLong);
@@ -62,7 +62,7 @@ at::Tensor embedded_TD(const at::Tensor& table_VD, const at::Tensor& rows_ND, co
   const at::Tensor slot_T = slot_V.index_select(0, tokens_T);
   const auto pad = std::find(ids.begin(), ids.end(), pad_id);
   const std::int64_t pad_slot = pad == ids.end() ? -1 : pad - ids.begin();
-  const at::Tensor trained_TD = at::embedding(rows_ND.to(table_VD.scalar_type()), slot_T.clamp_min(0), pad_slot).to(at::kFloat);
+  const at::Tensor trained_TD = at::embedding(rows_ND.to(type), slot_T.clamp_min(0), pad_slot).to(at::kFloat);
   return at::where((slot_T >= 0).unsqueeze(1), trained_TD, base_TD);
 }
 
@@ -76,7 +76,7 @@ at::Tensor with_token_columns(const at::Tensor& y_TV, const at::Tensor& x_TD, co
 
 at::Tensor with_token_rows(const at::Tensor& table_VD, const at::Tensor& rows_ND, const std::vector<std::int64_t>& ids) {
   const at::NoGradGuard no_gradients;
-  return table_VD.to(at::kFloat).index_copy(0, at::tensor(ids, at::kLong).to(table_VD.device()), rows_ND);
+  return table_VD.to(at::kFloat, /*non_blocking=*/false, /*copy=*/true).index_copy_(0, at::tensor(ids, at::kLong).to(table_VD.device()), rows_ND);
 }
 
 }  // namespace alambic::models

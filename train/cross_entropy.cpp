@@ -34,10 +34,10 @@ struct Rows {
 };
 
 Rows kept_rows(const at::Tensor& hidden_TD, const models::Linear& head, const at::Tensor& targets_T, const at::Tensor& keep_T) {
-  const std::int64_t num_tokens = hidden_TD.size(0), vocabulary = head.weight_OI.size(0);
-  if (hidden_TD.dim() != 2 || hidden_TD.size(1) != head.weight_OI.size(1) || targets_T.sizes() != at::IntArrayRef{num_tokens} ||
+  const std::int64_t num_tokens = hidden_TD.size(0), vocabulary = head.outputs();
+  if (hidden_TD.dim() != 2 || hidden_TD.size(1) != head.inputs() || targets_T.sizes() != at::IntArrayRef{num_tokens} ||
       keep_T.sizes() != at::IntArrayRef{num_tokens})
-    fail(ErrorKind::kBug, "cross entropy: hidden ", hidden_TD.sizes(), ", head ", head.weight_OI.sizes(), ", targets ", targets_T.sizes(),
+    fail(ErrorKind::kBug, "cross entropy: hidden ", hidden_TD.sizes(), ", head ", head.outputs(), " x ", head.inputs(), ", targets ", targets_T.sizes(),
          ", keep ", keep_T.sizes(), " do not agree");
   const at::Tensor index_K = keep_T.nonzero().squeeze(1);
   const at::Tensor targets_K = targets_T.index_select(0, index_K);
@@ -60,9 +60,13 @@ void for_rows(at::Tensor& logits_KV, const at::Tensor& targets_K, double* nats, 
   else run(logits_KV.mutable_data_ptr<at::BFloat16>());
 }
 
+// W as the tiles read it: as the run holds it, or in the 16 bits of its file. Undefined: it is kept in another way.
+at::Tensor weight_for_tiles(const models::Linear& head) { return head.quantized ? head.quantized->stored_OI() : head.weight_OI; }
+
 // Whether the tiled path computes this head: it makes no gradient of the head itself.
 bool takes_tiles(const models::Linear& head) {
-  return head.weight_OI.is_cpu() && head.weight_OI.scalar_type() == at::kFloat && !head.weight_OI.requires_grad() && !head.adapter && !head.bias_O.defined() && !head.token_rows_ND.defined();
+  return head.device().is_cpu() && head.compute_type() == at::kFloat && weight_for_tiles(head).defined() && !weight_for_tiles(head).requires_grad() && !head.adapter && !head.bias_O.defined() &&
+         !head.token_rows_ND.defined();
 }
 
 // Nats of the kept rows, and their gradient in the rows of d_hidden_TD where that is defined.
@@ -72,7 +76,7 @@ std::vector<double> tiled_nats(const at::Tensor& hidden_TD, const models::Linear
   const at::Tensor h_KD = all ? hidden_TD.detach().to(at::kFloat).contiguous() : hidden_TD.detach().index_select(0, kept.index_K).to(at::kFloat), targets_K = kept.targets_K.contiguous();
   at::Tensor d_KD = d_hidden_TD.defined() ? at::empty_like(h_KD) : at::Tensor();
   std::vector<double> nats(static_cast<std::size_t>(h_KD.size(0)));
-  models::tiled_cross_entropy(h_KD, head.weight_OI.detach(), targets_K.const_data_ptr<std::int64_t>(), loss.label_smoothing, loss.z_loss, nats.data(), d_KD);
+  models::tiled_cross_entropy(h_KD, weight_for_tiles(head).detach(), targets_K.const_data_ptr<std::int64_t>(), loss.label_smoothing, loss.z_loss, nats.data(), d_KD);
   if (d_KD.defined() && all) d_hidden_TD = d_KD.to(hidden_TD.scalar_type());
   else if (d_KD.defined()) d_hidden_TD.index_copy_(0, kept.index_K, d_KD.to(hidden_TD.scalar_type()));
   return nats;
@@ -107,9 +111,9 @@ std::int64_t num_rows_in_chunk(std::int64_t vocabulary_size) { return std::clamp
 
 std::uint64_t head_bytes(const models::Linear& head, std::int64_t rows) {
   // By operators, the loss makes two of f32 besides.
-  const std::int64_t vocabulary = head.weight_OI.size(0), copies = (head.adapter || head.token_rows_ND.defined() ? 2 : 1) + (head.weight_OI.is_cpu() ? 0 : head.weight_OI.scalar_type() == at::kFloat ? 1 : 4);
-  if (takes_tiles(head)) return static_cast<std::uint64_t>(at::get_num_threads()) << 20;
-  return static_cast<std::uint64_t>(copies * std::min(num_rows_in_chunk(vocabulary), rows) * vocabulary) * c10::elementSize(head.weight_OI.scalar_type());
+  const std::int64_t vocabulary = head.outputs(), copies = (head.adapter || head.token_rows_ND.defined() ? 2 : 1) + (head.device().is_cpu() ? 0 : head.compute_type() == at::kFloat ? 1 : 4);
+  if (takes_tiles(head)) return models::tiled_cross_entropy_bytes(weight_for_tiles(head), at::get_num_threads());
+  return static_cast<std::uint64_t>(copies * std::min(num_rows_in_chunk(vocabulary), rows) * vocabulary) * c10::elementSize(head.compute_type());
 }
 
 namespace {
@@ -171,7 +175,7 @@ at::Tensor cross_entropy_rows_by_operators(at::Tensor& logits_KV, const at::Tens
 namespace {
 
 at::Tensor through_head(const at::Tensor& hidden_TD, const models::Linear& head, const at::Tensor& index_K, std::uint64_t dropout_seed, const ActOnRows& row_loss, const std::function<at::Tensor()>& value) {
-  const std::int64_t num_kept = index_K.numel(), rows = num_rows_in_chunk(head.weight_OI.size(0));
+  const std::int64_t num_kept = index_K.numel(), rows = num_rows_in_chunk(head.outputs());
   if (num_kept == 0) return value();
 
   // Everything that may want a gradient; the hidden states come first.
@@ -194,18 +198,18 @@ at::Tensor through_head(const at::Tensor& hidden_TD, const models::Linear& head,
   const bool plain = !head.adapter && !head.bias_O.defined() && !head.token_rows_ND.defined();
   for (std::int64_t begin = 0; begin < num_kept; begin += rows) {
     const std::int64_t count = std::min(rows, num_kept - begin);
-    const at::Tensor index = index_K.narrow(0, begin, count), h_KD = hidden.index_select(0, index).to(head.weight_OI.scalar_type());
+    const at::Tensor index = index_K.narrow(0, begin, count), h_KD = hidden.index_select(0, index).to(head.compute_type());
     const std::uint64_t seed = dropout_seed == 0 ? 0 : derive_seed(dropout_seed, "head", {static_cast<std::uint64_t>(begin)}) | 1;
     if (plain) {
       const at::NoGradGuard no_grad;
-      const at::Tensor weight_VD = head.weight_OI.detach();
       // Rows of zeros to a round number: oneDNN keeps memory as large as the head for each shape that it has seen.
       const std::int64_t rounded = std::min(rows, (count + kRowRound - 1) / kRowRound * kRowRound);
       const at::Tensor rounded_KD = rounded == count ? h_KD : at::cat({h_KD, at::zeros({rounded - count, h_KD.size(1)}, h_KD.options())});
-      const at::Tensor all_KV = models::product(rounded_KD, weight_VD.t());
+      const at::Tensor all_KV = head.quantized ? head(rounded_KD, 0) : models::product(rounded_KD, head.weight_OI.detach().t());
       at::Tensor logits_KV = all_KV.narrow(0, 0, count);
       row_loss(logits_KV, begin, differentiable);
       if (!differentiable) continue;
+      const at::Tensor weight_VD = head.quantized ? models::dense_in_buffer(*head.quantized, head.compute_type()) : head.weight_OI.detach();
       if (hidden_TD.requires_grad()) gradients[0].index_copy_(0, index, models::product(all_KV, weight_VD).narrow(0, 0, count).to(hidden.scalar_type()));
       if (inputs.size() > 1) add_gradient_of_head(gradients[1], all_KV, rounded_KD);
     } else {  // an adapter, a bias or trained rows on the head: the Linear's own backward, on this chunk alone

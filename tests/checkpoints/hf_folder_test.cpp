@@ -86,7 +86,7 @@ TEST(LoadDecoder, StoredTypesMayDiffer) {
   for (const models::NamedTensor& named : decoder.tensors()) EXPECT_TRUE(at::equal(*named.tensor, model.tensors.at(named.name).to(at::kFloat))) << named.name;
 }
 
-TEST(LoadDecoder, KeepsLinearLayersInTheFilesOwnSixteenBits) {
+TEST(LoadDecoder, KeepsMatricesInTheFilesOwnSixteenBits) {
   const ScratchFolder scratch;
   for (const at::ScalarType stored : {at::kBFloat16, at::kHalf}) {
     TinyModel model(false);
@@ -95,7 +95,7 @@ TEST(LoadDecoder, KeepsLinearLayersInTheFilesOwnSixteenBits) {
     models::Decoder dense = load_decoder(folder, at::kFloat), kept = load_decoder(folder, at::kFloat, {}, Linears::kAsStored);
     std::size_t num_kept = 0;
     for (const models::NamedLinear& named : kept.linears()) {
-      const bool stays = named.layer >= 0 && named.path + ".weight" != kQuery;
+      const bool stays = named.path + ".weight" != kQuery;
       ASSERT_EQ(named.linear->quantized != nullptr, stays) << named.path;
       if (!stays) continue;
       EXPECT_EQ(named.linear->quantized->format(), stored == at::kHalf ? "f16" : "bf16");
@@ -103,15 +103,30 @@ TEST(LoadDecoder, KeepsLinearLayersInTheFilesOwnSixteenBits) {
       EXPECT_TRUE(at::equal(named.linear->dense_OI(at::kFloat), model.tensors.at(named.path + ".weight").to(at::kFloat))) << named.path;
       ++num_kept;
     }
-    EXPECT_EQ(num_kept, 13u);
+    EXPECT_EQ(num_kept, 14u);
+    EXPECT_EQ(kept.embedding_VD.scalar_type(), stored);
+    EXPECT_TRUE(at::equal(kept.embedding_VD, model.tensors.at(kEmbedding)));
+    for (const models::NamedTensor& named : kept.tensors()) EXPECT_NE(named.name, kHead) << "its weight is not dense";
     const models::Input input{.tokens_T = at::arange(8), .positions_T = at::arange(8), .document_lengths = {8}};
     for (const bool fused : {false, true}) {
       if (fused) {
         ASSERT_EQ(models::use_fused_blocks(dense) + models::use_fused_blocks(kept), "");
       }
       EXPECT_TRUE(at::equal(dense.hidden_TD(input), kept.hidden_TD(input))) << "fused: " << fused;
+      EXPECT_TRUE(at::equal(dense.logits_TV(dense.hidden_TD(input)), kept.logits_TV(kept.hidden_TD(input)))) << "fused: " << fused;
     }
     for (const models::NamedLinear& named : load_decoder(folder, at::kBFloat16, {}, Linears::kAsStored).linears()) EXPECT_EQ(named.linear->quantized, nullptr);
+  }
+  {
+    TinyModel model;
+    for (auto& [name, tensor] : model.tensors) tensor = tensor.to(at::kBFloat16);
+    models::Decoder tied = load_decoder(model.write(scratch, "tied"), at::kFloat, {}, Linears::kAsStored);
+    ASSERT_TRUE(tied.head_tied && tied.head.quantized);
+    EXPECT_EQ(tied.head.quantized->stored_OI().data_ptr(), tied.embedding_VD.data_ptr()) << "one tensor";
+    models::make_head_dense(tied);
+    EXPECT_FALSE(tied.head.quantized);
+    EXPECT_TRUE(tied.head.weight_OI.is_same(tied.embedding_VD));
+    EXPECT_TRUE(at::equal(tied.embedding_VD, model.tensors.at(kEmbedding).to(at::kFloat)));
   }
   TinyModel damaged;
   damaged.tensors.at(kQuery) = at::full({8, 8}, 3.25, at::kBFloat16);

@@ -117,6 +117,35 @@ TEST_P(MergeFolder, GivesPeftsLogitsAfterReload) {
   EXPECT_EQ(config, before);
 }
 
+// A base of 16 bits, read as it is stored: the logits of its f32 copy, bit for bit, and the merged weights.
+TEST_P(MergeFolder, OfAStoredBaseIsThatOfItsDenseCopy) {
+  for (const at::ScalarType stored : {at::kBFloat16, at::kHalf}) {
+    Case merge(GetParam());
+    merge.adapter_tensors([](auto& all) { std::erase_if(all, [](const auto& entry) { return entry.first.ends_with("base_layer.weight"); }); });  // PEFT's copies of the base that was
+    std::vector<std::pair<std::string, at::Tensor>> narrow, wide;
+    {
+      const FolderTensors base(merge.config.base);
+      for (const std::string& name : base.names()) narrow.emplace_back(name, base.tensor_as(name, stored).clone()), wide.emplace_back(name, narrow.back().second.to(at::kFloat));
+    }
+    const auto result = [&](const char* output, const std::vector<std::pair<std::string, at::Tensor>>& tensors) {
+      write_safetensors(merge.config.base / "model.safetensors", tensors);
+      models::Decoder decoder = load_decoder(merge.config.base, at::kFloat, {}, linears_for(merge.config.adapter));
+      load_adapter(decoder, merge.config.adapter);
+      merge.config.output = merge.scratch / output;
+      merge.config.weights = "f32";
+      const MergeReport report = merge_folder(merge.config);
+      return std::pair(logits_of(decoder), report);
+    };
+    const auto [logits, report] = result("of-narrow", narrow);
+    const auto [wide_logits, wide_report] = result("of-wide", wide);
+    EXPECT_TRUE(at::equal(logits, wide_logits));
+    EXPECT_EQ(report.num_changed, wide_report.num_changed);
+    EXPECT_EQ(report.kl_of_base, wide_report.kl_of_base);
+    EXPECT_EQ(report.largest_difference, wide_report.largest_difference);
+    EXPECT_EQ(sha256_of_file(merge.scratch / "of-narrow" / "model.safetensors"), sha256_of_file(merge.scratch / "of-wide" / "model.safetensors"));
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Folders, MergeFolder, ::testing::ValuesIn(kFolders), [](const auto& test) {
   std::string name = test.param;
   name[name.find('.')] = '_';
@@ -320,6 +349,21 @@ std::int64_t anonymous_bytes() {
   return -1;
 }
 
+/// What the most of it while `act` runs is more than before.
+std::int64_t growth_of_peak(const std::function<void()>& act) {
+  std::atomic<bool> is_over = false;
+  const std::int64_t before = anonymous_bytes();
+  EXPECT_GT(before, 0);
+  std::int64_t peak = before;
+  std::thread watch([&] {
+    while (!is_over) peak = std::max(peak, anonymous_bytes()), std::this_thread::sleep_for(std::chrono::microseconds(200));
+  });
+  act();
+  is_over = true;
+  watch.join();
+  return peak - before;
+}
+
 TEST(MergeFolderMemory, IsThatOfALayerNotOfTheModel) {
   Case merge("llama_tied.lora");
   Json config = read_json_file(merge.config.base / "config.json");
@@ -341,18 +385,32 @@ TEST(MergeFolderMemory, IsThatOfALayerNotOfTheModel) {
     fs::remove_all(merge.config.adapter);
     write_adapter(decoder, lora, "x", merge.config.adapter);
   }
-  std::atomic<bool> is_over = false;
-  const std::int64_t before = anonymous_bytes();
-  std::int64_t peak = before;
-  std::thread watch([&] {
-    while (!is_over) peak = std::max(peak, anonymous_bytes()), std::this_thread::sleep_for(std::chrono::microseconds(200));
-  });
-  const MergeReport report = merge_folder(merge.config);
-  is_over = true;
-  watch.join();
+  MergeReport report;
+  const std::int64_t grown = growth_of_peak([&] { report = merge_folder(merge.config); });
   EXPECT_EQ(report.num_bytes, static_cast<std::uint64_t>(2 * num_parameters));
-  EXPECT_GT(before, 0);
-  EXPECT_LT(peak - before, num_parameters) << "of " << 4 * num_parameters << " bytes of the model in f32";
+  EXPECT_LT(grown, num_parameters) << "of " << 4 * num_parameters << " bytes of the model in f32";
+}
+
+// A large vocabulary over small layers: neither embedding nor head is there in f32, which is also said of the tensors that are only copied.
+TEST(MergeFolderMemory, HoldsNoEmbeddingAndNoHead) {
+  Case merge("llama_untied.exclude");
+  Json config = read_json_file(merge.config.base / "config.json");
+  config.update({{"vocab_size", 49'152}, {"hidden_size", 1024}, {"intermediate_size", 64}, {"num_hidden_layers", 1}, {"num_attention_heads", 2}, {"num_key_value_heads", 2}, {"head_dim", 16}});
+  write_file(merge.config.base / "config.json", config.dump());
+  std::vector<std::pair<std::string, at::Tensor>> tensors;
+  for (const auto& [name, shape] : models::expected_shapes(models::read_model_config(merge.config.base))) tensors.emplace_back(name, at::full(shape, 0.01, at::kBFloat16));
+  write_safetensors(merge.config.base / "model.safetensors", tensors);
+  tensors.clear();
+  {
+    models::Decoder decoder = load_decoder(merge.config.base, at::kFloat, {}, Linears::kAsStored);
+    const lora::LoraConfig lora{.rank = 2};
+    lora::attach(decoder, lora, /*seed=*/1);
+    fs::remove_all(merge.config.adapter);
+    write_adapter(decoder, lora, "x", merge.config.adapter);
+  }
+  const std::int64_t grown = growth_of_peak([&] { merge_folder(merge.config); });
+  EXPECT_LT(grown, std::int64_t{4} * 49'152 * 1024) << "of the embedding in f32";
+  ::testing::Test::RecordProperty("grown", std::to_string(grown));
 }
 
 TEST(MergeFails, WhenRoundingErasesTheTune) {

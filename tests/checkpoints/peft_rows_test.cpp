@@ -100,6 +100,23 @@ TEST_P(TokenRows, AreMergedAndNoOtherRowChanges) {
   }
 }
 
+TEST_P(TokenRows, OnAStoredBaseAreThoseOfItsDenseCopy) {
+  const std::string name = GetParam();
+  const ScratchFolder scratch;
+  fs::copy(base_of(name), scratch / "base");
+  std::vector<std::pair<std::string, at::Tensor>> tensors;
+  {
+    const FolderTensors base(scratch / "base");
+    for (const std::string& tensor : base.names()) tensors.emplace_back(tensor, base.tensor_as(tensor, at::kBFloat16).clone());
+  }
+  write_safetensors(scratch / "base" / "model.safetensors", tensors);
+  models::Decoder dense = load_decoder(scratch / "base", at::kFloat), stored = load_decoder(scratch / "base", at::kFloat, {}, Linears::kAsStored);
+  EXPECT_TRUE(stored.head.quantized);
+  for (models::Decoder* decoder : {&dense, &stored}) load_adapter(*decoder, golden_path("rows/" + name));
+  EXPECT_TRUE(at::equal(logits_of(stored), logits_of(dense)));
+  EXPECT_FALSE(at::equal(stored.token_rows_ND, stored.token_rows_ND.to(at::kBFloat16).to(at::kFloat))) << "rounded rows would pass: the test is void";
+}
+
 INSTANTIATE_TEST_SUITE_P(Cases, TokenRows, ::testing::ValuesIn(kCases), [](const auto& test) {
   std::string name = test.param;
   name[name.find('.')] = '_';

@@ -2,6 +2,7 @@
 #include "train/cross_entropy.h"
 
 #include <ATen/ops/arange.h>
+#include <ATen/ops/equal.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/logsumexp.h>
 #include <ATen/ops/matmul.h>
@@ -14,6 +15,7 @@
 #include <cmath>
 #include <limits>
 
+#include "lora/stored_weight.h"
 #include "models/row_kernels.h"
 #include "tests/closeness.h"
 #include "tests/golden.h"
@@ -176,6 +178,33 @@ TEST(CrossEntropy, EveryPathEqualsTheFormulaAndItsFiniteDifferences) {
         EXPECT_TRUE(is_close_to_scale(head.weight_OI.grad(), w.grad() * 2, 1e-5));
       }
     }
+  }
+}
+
+TEST(CrossEntropy, OfAStoredHeadHasTheBitsOfItsDenseCopy) {
+  const std::int64_t width = 72, vocabulary = 131'101;  // more than a part of a product, and no multiple of a tile
+  const std::int64_t tokens = 96 * 9 + 5;               // more blocks of rows than two threads take together
+  const at::Tensor hidden_TD = at::randn({tokens, width}), targets_T = at::arange(tokens) * 150, keep_T = targets_T.ne(300);
+  for (const at::ScalarType type : {at::kBFloat16, at::kHalf}) {
+    const at::Tensor stored_VD = (at::randn({vocabulary, width}) * 0.3).to(type);
+    models::Linear dense = head_of(stored_VD.to(at::kFloat)), stored;
+    lora::keep_as_stored(stored, stored_VD);
+    for (const std::int64_t rows : {1, 3, 4, 37}) EXPECT_TRUE(at::equal(stored(hidden_TD.narrow(0, 0, rows), 0), dense(hidden_TD.narrow(0, 0, rows), 0))) << rows;
+    EXPECT_TRUE(at::equal(cross_entropy_of_kept(hidden_TD, stored, targets_T, keep_T), cross_entropy_of_kept(hidden_TD, dense, targets_T, keep_T)));
+    // By tiles with a gradient, and through logits where the head has a bias.
+    for (const at::Tensor& bias_V : {at::Tensor(), at::randn({vocabulary})})
+      for (const LossConfig& loss : {LossConfig{}, LossConfig{.label_smoothing = 0.1, .z_loss = 1e-3}}) {
+        const std::int64_t few = 130;
+        dense.bias_O = stored.bias_O = bias_V;
+        const at::Tensor of_dense = leaf(hidden_TD.narrow(0, 0, few)), of_stored = leaf(hidden_TD.narrow(0, 0, few));
+        const auto value = [&](const at::Tensor& x_TD, const models::Linear& head) {
+          const at::Tensor nats = cross_entropy_sum(x_TD, head, targets_T.narrow(0, 0, few), keep_T.narrow(0, 0, few), 1, loss);
+          nats.backward();
+          return nats.item<double>();
+        };
+        EXPECT_EQ(value(of_stored, stored), value(of_dense, dense)) << bias_V.defined();
+        EXPECT_TRUE(at::equal(of_stored.grad(), of_dense.grad())) << bias_V.defined();
+      }
   }
 }
 

@@ -96,7 +96,7 @@ TEST(TokenRowTraining, InBf16TheRowsStayF32AndAreRoundedWhereTheTableIs) {
   const at::NoGradGuard no_gradients;
   decoder.token_rows_ND.add_(1e-5);  // below bf16's last bit for most
   const at::Tensor tokens = at::arange(48);
-  const at::Tensor embedded = models::embedded_TD(decoder.embedding_VD, decoder.token_rows_ND, decoder.token_row_ids, tokens, -1);
+  const at::Tensor embedded = models::embedded_TD(decoder.embedding_VD, decoder.token_rows_ND, decoder.token_row_ids, tokens, -1, decoder.compute_type());
   EXPECT_TRUE(at::equal(embedded[40], decoder.token_rows_ND[1].to(at::kBFloat16).to(at::kFloat)));
   EXPECT_TRUE(at::equal(embedded[41], decoder.embedding_VD[41].to(at::kFloat)));
 }
