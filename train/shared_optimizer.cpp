@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "models/allocation.h"
 #include "train/adamw8bit.h"
 #include "train/dynamic_map.h"
 #include "train/gradient_sums.h"
@@ -96,6 +97,7 @@ void SharedOptimizer::start_sum(std::span<const std::size_t> tensors, parallel::
       if (const Slice& part = slices_[rank][i]; part.count > 0) parts[rank].push_back(whole.narrow(0, part.first, part.count));
     if (slice(i).count == 0) continue;
     const auto k = static_cast<std::size_t>(std::lower_bound(of_own_.begin(), of_own_.end(), i) - of_own_.begin());
+    const TensorsUntilTheOptimiser own_part;  // in the place of gradients that have left
     own.push_back(own_->trained()[k].tensor.mutable_grad() = at::empty({slice(i).count}, whole.options()));
   }
   ranks.start_reduce_scatter(parts, own, "gradients");
