@@ -19,6 +19,7 @@
 #include "core/error.h"
 #include "core/random.h"
 #include "models/allocation.h"
+#include "models/bf16_tiles.h"
 #include "models/leaf_gradient.h"
 #include "models/packed_attention.h"
 #include "models/product.h"
@@ -59,7 +60,7 @@ at::Tensor floats(std::initializer_list<std::int64_t> sizes) { return at::empty(
 struct Member {
   const Linear* linear;
   std::int64_t column = 0, count = 0, u_column = 0, rank = 0;
-  at::Tensor scaled_b_OR, scaled_bt_RO;  // scale * B and its transpose; f32, made once a pass
+  at::Tensor scaled_b_OR, scaled_bt_RO;  // scale * B and its transpose, made once a pass: f32, or as pairs (int32) where bf16 has tiles
 };
 
 // Projections that read the same input.
@@ -252,6 +253,8 @@ class TypedTape final : public Tape {
     weight_NI.narrow(0, group.outputs + member.u_column, member.rank).copy_(member.linear->adapter->a_RI.detach());
   }
 
+  static Bf16Pair* pairs(const at::Tensor& tensor) { return reinterpret_cast<Bf16Pair*>(tensor.mutable_data_ptr<std::int32_t>()); }
+
   // [outputs + ranks, inputs]. Where a member is quantised this is the tape's one buffer, which the next call overwrites.
   at::Tensor weight(const Group& group) const {
     if (!group.is_quantised) return group.weight_NI;
@@ -274,7 +277,15 @@ class TypedTape final : public Tape {
       group.drops = group.drops || (seed_ != 0 && adapter.dropout > 0);
       if (!group.is_quantised) put_a(group, member, group.weight_NI);
       member.scaled_b_OR = adapter.b_OR.detach() * adapter.scale;
-      member.scaled_bt_RO = member.scaled_b_OR.t().contiguous();
+      if (!std::is_same_v<T, BFloat16> || !has_bf16_tiles()) {
+        member.scaled_bt_RO = member.scaled_b_OR.t().contiguous();
+        continue;
+      }
+      const at::Tensor b_OR = member.scaled_b_OR.to(at::kBFloat16);
+      member.scaled_b_OR = at::empty({(member.count + 1) / 2, member.rank}, at::kInt);
+      member.scaled_bt_RO = at::empty({(member.rank + 1) / 2, member.count}, at::kInt);
+      pair_rows(b_OR.const_data_ptr<BFloat16>(), member.rank, pairs(member.scaled_b_OR), member.rank, member.count, member.rank);
+      pair_columns(b_OR.const_data_ptr<BFloat16>(), member.rank, pairs(member.scaled_bt_RO), member.count, member.count, member.rank);
     }
   }
 
@@ -305,10 +316,12 @@ class TypedTape final : public Tape {
   void add_adapters(const Group& group, T* y, std::int64_t ldy, const T* u, std::int64_t ldu, std::int64_t rows) const {
     for (const Member& member : group.members) {
       if (member.rank > 0) {
-        const float* const bt = member.scaled_bt_RO.template const_data_ptr<float>();
         if constexpr (std::is_same_v<T, float>) {
-          tile_product(rows, member.count, member.rank, u + member.u_column, ldu, bt, member.count, y + member.column, ldy, true);
+          tile_product(rows, member.count, member.rank, u + member.u_column, ldu, member.scaled_bt_RO.template const_data_ptr<float>(), member.count, y + member.column, ldy, true);
+        } else if (has_bf16_tiles()) {
+          tile_product(rows, member.count, member.rank, u + member.u_column, ldu, pairs(member.scaled_bt_RO), member.count, y + member.column, ldy, true);
         } else {
+          const float* const bt = member.scaled_bt_RO.template const_data_ptr<float>();
           float *const wide_u = chunk_scratch(0, rows * member.rank), *const delta = chunk_scratch(1, rows * member.count);
           kernels::copy_rows(u + member.u_column, ldu, wide_u, member.rank, rows, member.rank);
           tile_product(rows, member.count, member.rank, wide_u, member.rank, bt, member.count, delta, member.count, false);
@@ -333,10 +346,12 @@ class TypedTape final : public Tape {
   void adapter_gradients(const Group& group, const T* dy, std::int64_t ldy, T* v, std::int64_t ldv, std::int64_t rows) const {
     for (const Member& member : group.members) {
       if (member.rank == 0) continue;
-      const float* const b = member.scaled_b_OR.template const_data_ptr<float>();
       if constexpr (std::is_same_v<T, float>) {
-        tile_product(rows, member.rank, member.count, dy + member.column, ldy, b, member.rank, v + member.u_column, ldv, false);
+        tile_product(rows, member.rank, member.count, dy + member.column, ldy, member.scaled_b_OR.template const_data_ptr<float>(), member.rank, v + member.u_column, ldv, false);
+      } else if (has_bf16_tiles()) {
+        tile_product(rows, member.rank, member.count, dy + member.column, ldy, pairs(member.scaled_b_OR), member.rank, v + member.u_column, ldv, false);
       } else {
+        const float* const b = member.scaled_b_OR.template const_data_ptr<float>();
         float *const wide = chunk_scratch(0, rows * member.count), *const narrow = chunk_scratch(1, rows * member.rank);
         kernels::copy_rows(dy + member.column, ldy, wide, member.count, rows, member.count);
         tile_product(rows, member.rank, member.count, wide, member.count, b, member.rank, narrow, member.rank, false);

@@ -11,8 +11,10 @@
 
 #include <algorithm>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
+#include "models/bf16_tiles.h"
 #include "models/tiles.h"
 
 namespace alambic::models {
@@ -59,20 +61,30 @@ at::Tensor product(const at::Tensor& a_MK, const at::Tensor& b_KN) {
 namespace {
 
 // Columns of b are shared out among threads, so that each sum over rows is one thread's. A block of them stays in the cache.
+template <class T>
 void sum_over_rows(const at::Tensor& a_TM, const at::Tensor& b_TN, at::Tensor& sum_MN) {
-  constexpr std::int64_t kRows = 256, kColumns = 384, kLanes = 16;
+  constexpr std::int64_t kRows = 256, kColumns = 384, kLanes = 16, kPaired = 64;  // kPaired: columns of pairs that stay in the first cache
   const std::int64_t rows = a_TM.size(0), M = a_TM.size(1), N = b_TN.size(1), lda = a_TM.stride(0), ldb = b_TN.stride(0);
   const std::int64_t blocks = (N + kColumns - 1) / kColumns, width = (N / blocks + kLanes) / kLanes * kLanes;
-  const float *const a = a_TM.const_data_ptr<float>(), *const b = b_TN.const_data_ptr<float>();
+  const T *const a = a_TM.const_data_ptr<T>(), *const b = b_TN.const_data_ptr<T>();
   float* const sum = sum_MN.mutable_data_ptr<float>();
   at::parallel_for(0, (N + width - 1) / width, 1, [&](std::int64_t begin, std::int64_t end) {
-    std::vector<float> turned(static_cast<std::size_t>(kRows * M));
+    std::vector<T> turned(static_cast<std::size_t>(kRows * M));
+    std::vector<Bf16Pair> pairs(std::is_same_v<T, float> ? 0 : kRows / 2 * kPaired);
     for (std::int64_t block = begin; block < end; ++block) {
       const std::int64_t column = block * width, columns = std::min(width, N - column);
       for (std::int64_t row = 0; row < rows; row += kRows) {
         const std::int64_t count = std::min(kRows, rows - row);
         tiles::transpose(a + row * lda, lda, turned.data(), kRows, count, M);
-        tile_product(M, columns, count, turned.data(), kRows, b + row * ldb + column, ldb, sum + column, N, row > 0);
+        if constexpr (std::is_same_v<T, float>) {
+          tile_product(M, columns, count, turned.data(), kRows, b + row * ldb + column, ldb, sum + column, N, row > 0);
+        } else {
+          for (std::int64_t first = 0; first < columns; first += kPaired) {
+            const std::int64_t few = std::min(kPaired, columns - first);
+            pair_rows(b + row * ldb + column + first, ldb, pairs.data(), kPaired, count, few);
+            tile_product(M, few, count, turned.data(), kRows, pairs.data(), kPaired, sum + column + first, N, row > 0);
+          }
+        }
       }
     }
   });
@@ -83,10 +95,12 @@ void sum_over_rows(const at::Tensor& a_TM, const at::Tensor& b_TN, at::Tensor& s
 at::Tensor product_over_rows(const at::Tensor& a_TM, const at::Tensor& b_TN) {
   constexpr std::int64_t kFewColumns = 64;
   const at::NoGradGuard no_grad;
-  if (!a_TM.is_cpu() || a_TM.scalar_type() != at::kFloat || a_TM.size(1) > kFewColumns || a_TM.stride(1) != 1 || b_TN.stride(1) != 1 || a_TM.numel() == 0 || b_TN.numel() == 0)
+  const bool has_tiles = a_TM.scalar_type() == at::kFloat || (a_TM.scalar_type() == at::kBFloat16 && has_bf16_tiles());
+  if (!a_TM.is_cpu() || !has_tiles || a_TM.size(1) > kFewColumns || a_TM.stride(1) != 1 || b_TN.stride(1) != 1 || a_TM.numel() == 0 || b_TN.numel() == 0)
     return product(a_TM.t(), b_TN).to(at::kFloat);
   at::Tensor sum_MN = at::empty({a_TM.size(1), b_TN.size(1)}, at::kFloat);
-  sum_over_rows(a_TM, b_TN, sum_MN);
+  if (a_TM.scalar_type() == at::kFloat) sum_over_rows<float>(a_TM, b_TN, sum_MN);
+  else sum_over_rows<at::BFloat16>(a_TM, b_TN, sum_MN);
   return sum_MN;
 }
 

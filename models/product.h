@@ -15,7 +15,8 @@ namespace alambic::models {
 at::Tensor product(const at::Tensor& a_MK, const at::Tensor& b_KN);
 
 /// The transpose of a_TM times b_TN, in f32: a gradient of an adapter, a sum over tokens of few columns times many. Both of one
-/// type, rows contiguous or columns of wider rows. Nothing depends on the number of threads.
+/// type, rows contiguous or columns of wider rows. Nothing depends on the number of threads, unless it is bf16 on a processor without
+/// tiles of it (models/bf16_tiles.h): then the result is also rounded to bf16 once.
 at::Tensor product_over_rows(const at::Tensor& a_TM, const at::Tensor& b_TN);
 
 /// c (+)= a b on row-major f32 arrays of one thread: the tile inside a kernel. lda, ldb and ldc are the distances of rows.

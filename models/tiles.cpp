@@ -47,7 +47,8 @@ ALAMBIC_VECTORISED void scale_columns(float* acc, std::int64_t rows, std::int64_
   }
 }
 
-ALAMBIC_VECTORISED void transpose(const float* from, std::int64_t ld_from, float* to, std::int64_t ld_to, std::int64_t rows, std::int64_t columns) {
+template <class T>
+ALAMBIC_VECTORISED void transpose(const T* from, std::int64_t ld_from, T* to, std::int64_t ld_to, std::int64_t rows, std::int64_t columns) {
   constexpr std::int64_t kBlock = 16;
   for (std::int64_t r0 = 0; r0 < rows; r0 += kBlock)
     for (std::int64_t c0 = 0; c0 < columns; c0 += kBlock) {
@@ -56,6 +57,9 @@ ALAMBIC_VECTORISED void transpose(const float* from, std::int64_t ld_from, float
         for (std::int64_t r = r0; r < r1; ++r) to[c * ld_to + r] = from[r * ld_from + c];
     }
 }
+
+template void transpose(const float*, std::int64_t, float*, std::int64_t, std::int64_t, std::int64_t);
+template void transpose(const at::BFloat16*, std::int64_t, at::BFloat16*, std::int64_t, std::int64_t, std::int64_t);
 
 ALAMBIC_VECTORISED void scale(float* x, std::int64_t count, float factor) {
 #pragma omp simd

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 // What attention and the head share: a running softmax over tiles whose columns are rows of the result, and small helpers.
+#include <c10/util/BFloat16.h>
+
 #include <cstdint>
 
 namespace alambic::models::tiles {
@@ -13,8 +15,9 @@ inline constexpr std::int64_t kLanes = 32;  // columns that a loop keeps in regi
 /// tile in f32: tiles are short.
 bool softmax_tile(float* s, std::int64_t rows, std::int64_t columns, float* m, float* l, float* factor);
 
-/// to[c][r] = from[r][c].
-void transpose(const float* from, std::int64_t ld_from, float* to, std::int64_t ld_to, std::int64_t rows, std::int64_t columns);
+/// to[c][r] = from[r][c]; T: float or at::BFloat16.
+template <class T>
+void transpose(const T* from, std::int64_t ld_from, T* to, std::int64_t ld_to, std::int64_t rows, std::int64_t columns);
 
 void scale(float* x, std::int64_t count, float factor);
 /// x [rows, columns] times factor [columns].
