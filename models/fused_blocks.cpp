@@ -449,7 +449,7 @@ class TypedTape final : public Tape {
 
     const AttentionShape shape = attention_shape(layer);
     const at::Tensor query_norm_S = norm_weight(block, Slot::kQueryNorm), key_norm_S = norm_weight(block, Slot::kKeyNorm);
-    AttentionHeads heads = shared_ ? make_ring_heads(shape) : make_heads(shape, /*backward=*/false);
+    AttentionHeads heads = shared_ ? make_ring_heads(shape) : make_heads(shape, /*backward=*/false, kType);
     split_heads(shape, kept.qkv_TN, head_transform(layer, query_norm_S, key_norm_S), heads, /*backward=*/false);
     {
       const KeptTensors own(is_kept);
@@ -634,7 +634,7 @@ class TypedTape final : public Tape {
     const Group& group = groups[kQkv];
     OutputGradient own = gradient_room(group);
     {
-      AttentionHeads heads = make_heads(shape, /*backward=*/true);
+      AttentionHeads heads = make_heads(shape, /*backward=*/true, shared_ ? at::kFloat : kType);
       split_heads(shape, kept.qkv_TN, transform, heads, /*backward=*/true);
       const AttentionGradients by_head = shared_ ? ring_attention_backward(shape, *shared_, heads, kept.out_TQ, kept.lse_KR, d_out_TQ)
                                                  : attention_backward(shape, heads, kept.out_TQ, kept.lse_KR, d_out_TQ);

@@ -12,6 +12,7 @@
 
 #include "core/error.h"
 #include "core/vectorised.h"
+#include "models/bf16_tiles.h"
 #include "models/product.h"
 #include "models/row_kernels.h"
 #include "models/tiles.h"
@@ -62,11 +63,38 @@ void run_balanced(std::vector<Unit>& units, const Run& run) {
 }
 
 // Memory of one thread, kept between calls.
-float* scratch(std::size_t slot, std::int64_t count) {
-  static thread_local std::vector<std::vector<float>> buffers(12);
-  std::vector<float>& buffer = buffers[slot];
-  if (buffer.size() < static_cast<std::size_t>(count)) buffer = std::vector<float>(static_cast<std::size_t>(count));
+template <class E = float>
+E* scratch(std::size_t slot, std::int64_t count) {
+  static thread_local std::vector<std::vector<E>> buffers(12);
+  std::vector<E>& buffer = buffers[slot];
+  if (buffer.size() < static_cast<std::size_t>(count)) buffer = std::vector<E>(static_cast<std::size_t>(count));
   return buffer.data();
+}
+
+// E is what tiles are multiplied in: float, or BFloat16 where the heads are narrow. A right factor is then kept in pairs.
+template <class E>
+using Right = std::conditional_t<std::is_same_v<E, float>, float, Bf16Pair>;
+
+// A tile of f32 [rows, columns] as a factor of the next product.
+template <class E>
+const E* as_left(const float* tile, std::int64_t rows, std::int64_t columns, std::size_t slot) {
+  if constexpr (std::is_same_v<E, float>) {
+    return tile;
+  } else {
+    E* const made = scratch<E>(slot, rows * columns);
+    kernels::copy_rows(tile, columns, made, columns, rows, columns);
+    return made;
+  }
+}
+template <class E>
+const Right<E>* as_right(const float* tile, std::int64_t rows, std::int64_t columns, std::size_t slot) {
+  if constexpr (std::is_same_v<E, float>) {
+    return tile;
+  } else {
+    Bf16Pair* const made = scratch<Bf16Pair>(slot, (rows + 1) / 2 * columns);
+    pair_rows(tile, columns, made, columns, rows, columns);
+    return made;
+  }
 }
 
 inline float load(const float* p) { return *p; }
@@ -126,14 +154,32 @@ ALAMBIC_VECTORISED void backward_tile(float* p, float* d, std::int64_t keys, std
 std::int64_t rounded_keys(std::int64_t keys) { return (keys + kKeyRound - 1) / kKeyRound * kKeyRound; }
 
 // Queries of a tile: 32 tokens from q0 on, of one document.
+template <class E>
 struct Queries {
   std::int64_t q0;
-  const float *rows, *turned;  // [R, S] (backward) and [S, R] with a leading dimension of ld_turned
+  const Right<E> *rows, *turned;  // [R, S] (backward) and [S, R] with a leading dimension of ld_turned
   std::int64_t ld_turned;
 };
 
+// Those of the token `row` of the heads and of the 31 behind it.
+template <class E>
+Queries<E> queries_of(const AttentionShape& shape, const AttentionHeads& heads, std::int64_t head, std::int64_t row, std::int64_t q0, bool backward) {
+  const std::int64_t G = shape.group, S = shape.head_size, R = kQueries * G, padded = padded_tokens(shape.tokens);
+  if constexpr (std::is_same_v<E, float>) {
+    return {.q0 = q0, .rows = backward ? heads.q_KRS.const_data_ptr<float>() + (head * padded + row) * G * S : nullptr,
+            .turned = heads.qt_KSR.const_data_ptr<float>() + (head * S * padded + row) * G, .ld_turned = padded * G};
+  } else {
+    const E* const q = heads.q_KRS.const_data_ptr<E>() + (head * padded + row) * G * S;
+    Bf16Pair *const rows = backward ? scratch<Bf16Pair>(2, R / 2 * S) : nullptr, *const turned = scratch<Bf16Pair>(3, (S + 1) / 2 * R);
+    if (backward) pair_rows(q, S, rows, S, R, S);
+    pair_columns(q, S, turned, R, R, S);
+    return {.q0 = q0, .rows = rows, .turned = turned, .ld_turned = R};
+  }
+}
+
 // The keys begin .. end - 1 of a block through a tile's running softmax. acc [S, R] holds something already where `goes_on`.
-void forward_tile(const AttentionShape& shape, const KeyBlock& block, std::int64_t head, std::int64_t begin, std::int64_t end, const Queries& queries, float* acc, float* m,
+template <class E>
+void forward_tile(const AttentionShape& shape, const KeysOf<E>& block, std::int64_t head, std::int64_t begin, std::int64_t end, const Queries<E>& queries, float* acc, float* m,
                   float* l, bool goes_on) {
   const std::int64_t G = shape.group, S = shape.head_size, R = kQueries * G, most_keys = keys_in_tile(R), q0 = queries.q0;
   float *const s = scratch(0, most_keys * R), *const factor = scratch(11, R);
@@ -144,7 +190,7 @@ void forward_tile(const AttentionShape& shape, const KeyBlock& block, std::int64
     if (k0 + keys > std::min(q0, end) || (shape.window > 0 && k0 + shape.window < q0 + kQueries)) hide(s, keys, R, k0, end, q0, G, shape.window);
     const bool shrinks = softmax_tile(s, keys, R, m, l, factor);
     if (shrinks && goes_on) scale_columns(acc, S, R, factor);
-    tile_product(S, R, keys, block.vt + head * S * block.rows + at_key, block.rows, s, R, acc, R, goes_on);
+    tile_product(S, R, keys, block.vt + head * S * block.rows + at_key, block.rows, as_right<E>(s, keys, R, 0), R, acc, R, goes_on);
     goes_on = true;
   }
 }
@@ -167,37 +213,48 @@ void finish_tile(const AttentionShape& shape, std::int64_t head, std::int64_t ro
 }
 
 // Gradients of a tile's outputs og [R, S] and ogt [S, R]; delta and norm [R]. Rows behind the tile's real tokens get probabilities of 0.
+template <class E>
 struct OutputGradients {
-  float *og, *ogt, *delta, *norm;
+  const Right<E> *og, *ogt;
+  float *delta, *norm;
 };
-template <class T>
-OutputGradients output_gradients(const AttentionShape& shape, std::int64_t head, std::int64_t row0, std::int64_t count, const T* out, std::int64_t ld_out, const T* d_out,
+template <class E, class T>
+OutputGradients<E> output_gradients(const AttentionShape& shape, std::int64_t head, std::int64_t row0, std::int64_t count, const T* out, std::int64_t ld_out, const T* d_out,
                                  std::int64_t ld_d, const float* lse, std::int64_t padded) {
   const std::int64_t G = shape.group, S = shape.head_size, R = kQueries * G, valid = count * G;
-  const OutputGradients made{.og = scratch(2, R * S), .ogt = scratch(3, R * S), .delta = scratch(4, R), .norm = scratch(8, R)};
-  std::fill(made.og + valid * S, made.og + R * S, 0.0f);
+  float *const delta = scratch(4, R), *const norm = scratch(8, R);
+  E* const rows = scratch<E>(2, R * S);
+  std::fill(rows + valid * S, rows + R * S, E(0.0f));
   for (std::int64_t t = row0; t < row0 + count; ++t)
     for (std::int64_t g = 0; g < G; ++g) {
       const std::int64_t i = (t - row0) * G + g, column = (head * G + g) * S;
-      float* const og = made.og + i * S;
-      kernels::copy_rows(d_out + t * ld_d + column, S, og, S, 1, S);
-      const T* const o = out + t * ld_out + column;
+      const T *const from = d_out + t * ld_d + column, *const o = out + t * ld_out + column;
+      kernels::copy_rows(from, S, rows + i * S, S, 1, S);
       float sum = 0;
 #pragma omp simd reduction(+ : sum)
-      for (std::int64_t x = 0; x < S; ++x) sum += og[x] * load(o + x);
-      made.delta[i] = sum;
-      made.norm[i] = lse[(head * padded + t) * G + g];
+      for (std::int64_t x = 0; x < S; ++x) sum += load(from + x) * load(o + x);
+      delta[i] = sum;
+      norm[i] = lse[(head * padded + t) * G + g];
     }
-  std::fill(made.norm + valid, made.norm + R, -kHidden);
-  std::fill(made.delta + valid, made.delta + R, 0.0f);
-  transpose(made.og, S, made.ogt, R, R, S);
-  return made;
+  std::fill(norm + valid, norm + R, -kHidden);
+  std::fill(delta + valid, delta + R, 0.0f);
+  if constexpr (std::is_same_v<E, float>) {
+    float* const turned = scratch(3, R * S);
+    transpose(rows, S, turned, R, R, S);
+    return {.og = rows, .ogt = turned, .delta = delta, .norm = norm};
+  } else {
+    Bf16Pair *const paired = scratch<Bf16Pair>(4, R / 2 * S), *const turned = scratch<Bf16Pair>(5, (S + 1) / 2 * R);
+    pair_rows(rows, S, paired, S, R, S);
+    pair_columns(rows, S, turned, R, R, S);
+    return {.og = paired, .ogt = turned, .delta = delta, .norm = norm};
+  }
 }
 
 // What the keys begin .. end - 1 of a block and a tile's queries give each other: added to dqt [S, R] (stored there unless `goes_on`) and to
 // dk, dv [keys, S], whose first row is that of key `base`.
-void backward_keys(const AttentionShape& shape, const KeyBlock& block, std::int64_t head, std::int64_t begin, std::int64_t end, const Queries& queries,
-                   const OutputGradients& outputs, float* dqt, float* dk, float* dv, std::int64_t base, bool goes_on) {
+template <class E>
+void backward_keys(const AttentionShape& shape, const KeysOf<E>& block, std::int64_t head, std::int64_t begin, std::int64_t end, const Queries<E>& queries,
+                   const OutputGradients<E>& outputs, float* dqt, float* dk, float* dv, std::int64_t base, bool goes_on) {
   const std::int64_t G = shape.group, S = shape.head_size, R = kQueries * G, most_keys = keys_in_tile(R), q0 = queries.q0;
   float *const s = scratch(0, most_keys * R), *const d = scratch(1, most_keys * R);
   for (std::int64_t k0 = begin; k0 < end; k0 += most_keys) {
@@ -207,24 +264,24 @@ void backward_keys(const AttentionShape& shape, const KeyBlock& block, std::int6
     if (shape.soft_cap > 0) cap(s, keys * R, static_cast<float>(shape.soft_cap));
     if (k0 + keys > std::min(q0, end) || (shape.window > 0 && k0 + shape.window < q0 + kQueries)) hide(s, keys, R, k0, end, q0, G, shape.window);
     backward_tile(s, d, keys, R, outputs.norm, outputs.delta, static_cast<float>(shape.soft_cap));
-    tile_product(keys, S, R, s, R, outputs.og, S, dv + (k0 - base) * S, S, true);
-    tile_product(keys, S, R, d, R, queries.rows, S, dk + (k0 - base) * S, S, true);
-    tile_product(S, R, keys, block.kt + head * S * block.rows + at_key, block.rows, d, R, dqt, R, goes_on);
+    tile_product(keys, S, R, as_left<E>(s, keys, R, 0), R, outputs.og, S, dv + (k0 - base) * S, S, true);
+    tile_product(keys, S, R, as_left<E>(d, keys, R, 1), R, queries.rows, S, dk + (k0 - base) * S, S, true);
+    tile_product(S, R, keys, block.kt + head * S * block.rows + at_key, block.rows, as_right<E>(d, keys, R, 1), R, dqt, R, goes_on);
     goes_on = true;
   }
 }
 
-KeyBlock block_of(const AttentionHeads& heads, std::int64_t tokens) {
-  const auto data = [](const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr; };
+template <class E>
+KeysOf<E> block_of(const AttentionHeads& heads, std::int64_t tokens) {
+  const auto data = [](const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr<E>() : nullptr; };
   return {.first = 0, .count = tokens, .rows = padded_tokens(tokens), .k = data(heads.k_KTS), .kt = data(heads.kt_KST), .v = data(heads.v_KTS), .vt = data(heads.vt_KST)};
 }
 
-template <class T>
+template <class E, class T>
 at::Tensor forward(const AttentionShape& shape, const AttentionHeads& heads, at::Tensor& out_TQ) {
   const std::int64_t K = shape.kv_heads, G = shape.group, S = shape.head_size, R = kQueries * G, padded = padded_tokens(shape.tokens), ld_out = out_TQ.stride(0);
   at::Tensor lse_KR = at::empty({K, padded * G}, at::kFloat);
-  const float* const qt = heads.qt_KSR.const_data_ptr<float>();
-  const KeyBlock block = block_of(heads, shape.tokens);
+  const KeysOf<E> block = block_of<E>(heads, shape.tokens);
   float* const lse = lse_KR.mutable_data_ptr<float>();
   T* const out = out_TQ.mutable_data_ptr<T>();
 
@@ -243,7 +300,7 @@ at::Tensor forward(const AttentionShape& shape, const AttentionHeads& heads, at:
     float *const acc = scratch(1, S * R), *const m = scratch(2, 2 * R), *const l = m + R;
     std::fill(m, m + R, kHidden);
     std::fill(l, l + R, 0.0f);
-    const Queries queries{.q0 = q0, .rows = nullptr, .turned = qt + (unit.head * S * padded + q0) * G, .ld_turned = padded * G};
+    const Queries<E> queries = queries_of<E>(shape, heads, unit.head, q0, q0, /*backward=*/false);
     const std::int64_t begin = shape.window > 0 ? std::max(unit.first, q0 - shape.window + 1) : unit.first;
     forward_tile(shape, block, unit.head, begin, q1, queries, acc, m, l, false);
     finish_tile(shape, unit.head, q0, q1 - q0, acc, m, l, out, ld_out, lse, padded);
@@ -257,13 +314,12 @@ bool is_of_split(std::int64_t tile, std::int64_t split, std::int64_t splits) {
   return (turn < splits ? turn : round - 1 - turn) == split;
 }
 
-template <class T>
+template <class E, class T>
 AttentionGradients backward(const AttentionShape& shape, const AttentionHeads& heads, const at::Tensor& out_TQ, const at::Tensor& lse_KR, const at::Tensor& d_out_TQ) {
   const std::int64_t K = shape.kv_heads, G = shape.group, S = shape.head_size, R = kQueries * G, padded = padded_tokens(shape.tokens);
   const std::int64_t ld_out = out_TQ.stride(0), ld_d = d_out_TQ.stride(0), most_keys = keys_in_tile(R);
-  const auto data = [](const at::Tensor& tensor) { return tensor.const_data_ptr<float>(); };
-  const float *const q = data(heads.q_KRS), *const qt = data(heads.qt_KSR), *const lse = data(lse_KR);
-  const KeyBlock block = block_of(heads, shape.tokens);
+  const float* const lse = lse_KR.const_data_ptr<float>();
+  const KeysOf<E> block = block_of<E>(heads, shape.tokens);
   const T *const out = out_TQ.const_data_ptr<T>(), *const d_out = d_out_TQ.const_data_ptr<T>();
   AttentionGradients result{.q_KRS = at::empty({K, padded * G, S}, at::kFloat), .k_KTS = at::empty({K, padded, S}, at::kFloat), .v_KTS = at::empty({K, padded, S}, at::kFloat)};
   float *const dq = result.q_KRS.mutable_data_ptr<float>(), *const dk = result.k_KTS.mutable_data_ptr<float>(), *const dv = result.v_KTS.mutable_data_ptr<float>();
@@ -296,12 +352,13 @@ AttentionGradients backward(const AttentionShape& shape, const AttentionHeads& h
     for (std::int64_t tile = 0; tile < tiles; ++tile) {
       if (!is_of_split(tile, unit.split, unit.splits)) continue;
       const std::int64_t q0 = unit.first + tile * kQueries, q1 = std::min(unit.end, q0 + kQueries);
-      const OutputGradients outputs = output_gradients(shape, unit.head, q0, q1 - q0, out, ld_out, d_out, ld_d, lse, padded);
-      const Queries queries{.q0 = q0, .rows = q + (unit.head * padded + q0) * G * S, .turned = qt + (unit.head * S * padded + q0) * G, .ld_turned = padded * G};
+      const OutputGradients<E> outputs = output_gradients<E>(shape, unit.head, q0, q1 - q0, out, ld_out, d_out, ld_d, lse, padded);
+      const Queries<E> queries = queries_of<E>(shape, heads, unit.head, q0, q0, /*backward=*/true);
       const std::int64_t begin = shape.window > 0 ? std::max(unit.first, q0 - shape.window + 1) : unit.first;
       backward_keys(shape, block, unit.head, begin, q1, queries, outputs, dqt, own_dk, own_dv, unit.first, false);
-      transpose(dqt, R, outputs.og, S, S, R);
-      std::memcpy(dq + (unit.head * padded + q0) * G * S, outputs.og, static_cast<std::size_t>((q1 - q0) * G * S) * sizeof(float));
+      float* const by_query = scratch(2, R * S);
+      transpose(dqt, R, by_query, S, S, R);
+      std::memcpy(dq + (unit.head * padded + q0) * G * S, by_query, static_cast<std::size_t>((q1 - q0) * G * S) * sizeof(float));
     }
     float *const to_k = unit.split == 0 ? dk : others + (2 * (unit.split - 1)) * plane, *const to_v = unit.split == 0 ? dv : others + (2 * (unit.split - 1) + 1) * plane;
     const std::int64_t place = (unit.head * padded + unit.first) * S;
@@ -393,28 +450,37 @@ ALAMBIC_VECTORISED void transform_backward_rows(const T* from, std::int64_t ld, 
   }
 }
 
-template <class T>
+template <class E, class T>
 void split(const AttentionShape& shape, const at::Tensor& qkv_TN, const HeadTransform& transform, AttentionHeads& heads, bool backward) {
   const std::int64_t K = shape.kv_heads, G = shape.group, S = shape.head_size, padded = padded_tokens(shape.tokens), ld = qkv_TN.stride(0);
   const T* const qkv = qkv_TN.const_data_ptr<T>();
-  const auto data = [](at::Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr<float>() : nullptr; };
-  float *const q = data(heads.q_KRS), *const qt = data(heads.qt_KSR), *const k = data(heads.k_KTS), *const kt = data(heads.kt_KST), *const v = data(heads.v_KTS),
-               *const vt = data(heads.vt_KST);
+  const auto data = [](at::Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr<E>() : nullptr; };
+  E *const q = data(heads.q_KRS), *const qt = data(heads.qt_KSR), *const k = data(heads.k_KTS), *const kt = data(heads.kt_KST), *const v = data(heads.v_KTS),
+    *const vt = data(heads.vt_KST);
   const std::int64_t blocks = (shape.tokens + kQueries - 1) / kQueries;
   at::parallel_for(0, blocks * K, 1, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t unit = begin; unit < end; ++unit) {
       const std::int64_t head = unit % K, t0 = unit / K * kQueries, rows = std::min(kQueries, shape.tokens - t0);
       const float *const cosine = transform.cos_TF + t0 * transform.pairs, *const sine = transform.sin_TF + t0 * transform.pairs;
       const std::int64_t pairs = transform.cos_TF == nullptr ? 0 : transform.pairs;
+      // What is rounded is made in f32 first.
+      const auto transformed = [&](const T* from, const float* norm, float scale, E* to, std::int64_t ld_to) {
+        if constexpr (std::is_same_v<E, float>) {
+          transform_rows(from, ld, norm, transform.epsilon, cosine, sine, pairs, scale, to, ld_to, rows, S);
+        } else {
+          float* const wide = scratch(9, kQueries * S);
+          transform_rows(from, ld, norm, transform.epsilon, cosine, sine, pairs, scale, wide, S, rows, S);
+          kernels::copy_rows(wide, S, to, ld_to, rows, S);
+        }
+      };
       // Queries: row t * G + g.
-      float* const queries = q != nullptr ? q + (head * padded + t0) * G * S : scratch(9, kQueries * G * S);
-      for (std::int64_t g = 0; g < G; ++g)
-        transform_rows(qkv + t0 * ld + (head * G + g) * S, ld, transform.query_norm, transform.epsilon, cosine, sine, pairs, transform.scale, queries + g * S, G * S, rows, S);
-      transpose(queries, S, qt + (head * S * padded + t0) * G, padded * G, rows * G, S);
-      float* const keys = k + (head * padded + t0) * S;
-      transform_rows(qkv + t0 * ld + (K * G + head) * S, ld, transform.key_norm, transform.epsilon, cosine, sine, pairs, 1.0f, keys, S, rows, S);
+      E* const queries = q != nullptr ? q + (head * padded + t0) * G * S : scratch<E>(9, kQueries * G * S);
+      for (std::int64_t g = 0; g < G; ++g) transformed(qkv + t0 * ld + (head * G + g) * S, transform.query_norm, transform.scale, queries + g * S, G * S);
+      if (qt != nullptr) transpose(queries, S, qt + (head * S * padded + t0) * G, padded * G, rows * G, S);
+      E* const keys = k + (head * padded + t0) * S;
+      transformed(qkv + t0 * ld + (K * G + head) * S, transform.key_norm, 1.0f, keys, S);
       if (backward) transpose(keys, S, kt + head * S * padded + t0, padded, rows, S);
-      float* const values = v != nullptr ? v + (head * padded + t0) * S : scratch(10, kQueries * S);
+      E* const values = v != nullptr ? v + (head * padded + t0) * S : scratch<E>(10, kQueries * S);
       kernels::copy_rows(qkv + t0 * ld + (K * G + K + head) * S, ld, values, S, rows, S);
       if (!backward) transpose(values, S, vt + head * S * padded + t0, padded, rows, S);
     }
@@ -499,7 +565,7 @@ void RunningAttention::add(std::span<const KeyBlock> blocks) {
     float *const acc = sums + (unit.head * tiles + unit.first) * (S + 2) * R, *const m = acc + S * R, *const l = m + R;
     char& started = started_[static_cast<std::size_t>(unit.head * tiles + unit.first)];
     if (!started) std::fill(m, m + R, kHidden), std::fill(l, l + R, 0.0f);
-    const Queries queries{.q0 = tile.first, .rows = nullptr, .turned = qt + (unit.head * S * padded + tile.row) * G, .ld_turned = padded * G};
+    const Queries<float> queries{.q0 = tile.first, .rows = nullptr, .turned = qt + (unit.head * S * padded + tile.row) * G, .ld_turned = padded * G};
     for (const KeyBlock& block : blocks) {
       const auto [begin, end] = seen_keys(shape_, tile, block);
       if (begin >= end) continue;
@@ -546,7 +612,7 @@ at::Tensor RunningGradients::add_typed(std::span<const KeyBlock> blocks) {
   const auto num_blocks = static_cast<std::int64_t>(blocks.size()), tiles = static_cast<std::int64_t>(tiles_.size());
   if (num_blocks == 0) return {};
   const std::int64_t count = blocks.front().count, room = count + most_keys, splits = shape_.tokens > kSplitTokens ? kSplits : 1;
-  const float *const q = heads_.q_KRS.const_data_ptr<float>(), *const qt = heads_.qt_KSR.const_data_ptr<float>(), *const lse = lse_KR_.const_data_ptr<float>();
+  const float* const lse = lse_KR_.const_data_ptr<float>();
   const T *const out = out_TQ_.const_data_ptr<T>(), *const d_out = d_out_TQ_.const_data_ptr<T>();
   const std::int64_t ld_out = out_TQ_.stride(0), ld_d = d_out_TQ_.stride(0);
   float* const dq = q_KRS_.mutable_data_ptr<float>();
@@ -570,9 +636,9 @@ at::Tensor RunningGradients::add_typed(std::span<const KeyBlock> blocks) {
         return begin < end;
       };
       if (std::none_of(blocks.begin(), blocks.end(), sees)) continue;
-      const OutputGradients outputs = output_gradients(shape_, unit.head, tile.row, tile.count, out, ld_out, d_out, ld_d, lse, padded);
+      const OutputGradients<float> outputs = output_gradients<float>(shape_, unit.head, tile.row, tile.count, out, ld_out, d_out, ld_d, lse, padded);
       const std::int64_t row = (unit.head * padded + tile.row) * G;
-      const Queries queries{.q0 = tile.first, .rows = q + row * S, .turned = qt + (unit.head * S * padded + tile.row) * G, .ld_turned = padded * G};
+      const Queries<float> queries = queries_of<float>(shape_, heads_, unit.head, tile.row, tile.first, /*backward=*/true);
       bool goes_on = false;
       for (std::int64_t i = 0; i < num_blocks; ++i) {
         const KeyBlock& block = blocks[static_cast<std::size_t>(i)];
@@ -581,8 +647,9 @@ at::Tensor RunningGradients::add_typed(std::span<const KeyBlock> blocks) {
         backward_keys(shape_, block, unit.head, begin, end, queries, outputs, dqt, own_dk + i * room * S, own_dv + i * room * S, block.first, goes_on);
         goes_on = true;
       }
-      transpose(dqt, R, outputs.og, S, S, R);
-      kernels::add_rows(dq + row * S, outputs.og, S, dq + row * S, tile.count * G, S);
+      float* const by_query = scratch(2, R * S);
+      transpose(dqt, R, by_query, S, S, R);
+      kernels::add_rows(dq + row * S, by_query, S, dq + row * S, tile.count * G, S);
     }
     for (std::int64_t i = 0; i < num_blocks; ++i) {
       float* const to = part + (unit.split * num_blocks + i) * 2 * K * count * S + unit.head * count * S;
@@ -603,36 +670,49 @@ void transpose_heads(const float* from, std::int64_t heads, std::int64_t tokens,
 
 std::int64_t padded_tokens(std::int64_t tokens) { return (tokens + kKeyRound - 1) / kKeyRound * kKeyRound + kQueries; }
 
-AttentionHeads make_heads(const AttentionShape& shape, bool backward) {
+AttentionHeads make_heads(const AttentionShape& shape, bool backward, at::ScalarType compute_type) {
   const std::int64_t K = shape.kv_heads, G = shape.group, S = shape.head_size, T = shape.tokens, padded = padded_tokens(T);
+  const bool narrow = compute_type == at::kBFloat16 && has_bf16_tiles();
+  const at::ScalarType type = narrow ? at::kBFloat16 : at::kFloat;
   const auto by_token = [&](std::int64_t rows) {
-    at::Tensor made = at::empty({K, padded * rows, S}, at::kFloat);
+    at::Tensor made = at::empty({K, padded * rows, S}, type);
     made.narrow(1, T * rows, (padded - T) * rows).zero_();
     return made;
   };
   const auto turned = [&](std::int64_t rows) {
-    at::Tensor made = at::empty({K, S, padded * rows}, at::kFloat);
+    at::Tensor made = at::empty({K, S, padded * rows}, type);
     made.narrow(2, T * rows, (padded - T) * rows).zero_();
     return made;
   };
-  AttentionHeads heads{.q_KRS = {}, .qt_KSR = turned(G), .k_KTS = by_token(1), .kt_KST = {}, .v_KTS = {}, .vt_KST = {}};
-  if (backward) heads.q_KRS = by_token(G), heads.kt_KST = turned(1), heads.v_KTS = by_token(1);
+  AttentionHeads heads{.q_KRS = {}, .qt_KSR = {}, .k_KTS = by_token(1), .kt_KST = {}, .v_KTS = {}, .vt_KST = {}};
+  if (narrow || backward) heads.q_KRS = by_token(G);
+  if (!narrow) heads.qt_KSR = turned(G);
+  if (backward) heads.kt_KST = turned(1), heads.v_KTS = by_token(1);
   else heads.vt_KST = turned(1);
   return heads;
 }
 
+namespace {
+
+bool is_narrow(const AttentionHeads& heads) { return heads.k_KTS.scalar_type() == at::kBFloat16; }
+
+}  // namespace
+
 at::Tensor attention_forward(const AttentionShape& shape, const AttentionHeads& heads, at::Tensor& out_TQ) {
-  return out_TQ.scalar_type() == at::kFloat ? forward<float>(shape, heads, out_TQ) : forward<BFloat16>(shape, heads, out_TQ);
+  if (is_narrow(heads)) return forward<BFloat16, BFloat16>(shape, heads, out_TQ);
+  return out_TQ.scalar_type() == at::kFloat ? forward<float, float>(shape, heads, out_TQ) : forward<float, BFloat16>(shape, heads, out_TQ);
 }
 
 AttentionGradients attention_backward(const AttentionShape& shape, const AttentionHeads& heads, const at::Tensor& out_TQ, const at::Tensor& lse_KR, const at::Tensor& d_out_TQ) {
   if (out_TQ.scalar_type() != d_out_TQ.scalar_type()) fail(ErrorKind::kBug, "attention: values and gradients of two types");
-  return out_TQ.scalar_type() == at::kFloat ? backward<float>(shape, heads, out_TQ, lse_KR, d_out_TQ) : backward<BFloat16>(shape, heads, out_TQ, lse_KR, d_out_TQ);
+  if (is_narrow(heads)) return backward<BFloat16, BFloat16>(shape, heads, out_TQ, lse_KR, d_out_TQ);
+  return out_TQ.scalar_type() == at::kFloat ? backward<float, float>(shape, heads, out_TQ, lse_KR, d_out_TQ) : backward<float, BFloat16>(shape, heads, out_TQ, lse_KR, d_out_TQ);
 }
 
 void split_heads(const AttentionShape& shape, const at::Tensor& qkv_TN, const HeadTransform& transform, AttentionHeads& heads, bool backward) {
-  if (qkv_TN.scalar_type() == at::kFloat) split<float>(shape, qkv_TN, transform, heads, backward);
-  else split<BFloat16>(shape, qkv_TN, transform, heads, backward);
+  if (is_narrow(heads)) split<BFloat16, BFloat16>(shape, qkv_TN, transform, heads, backward);
+  else if (qkv_TN.scalar_type() == at::kFloat) split<float, float>(shape, qkv_TN, transform, heads, backward);
+  else split<float, BFloat16>(shape, qkv_TN, transform, heads, backward);
 }
 
 void merge_head_gradients(const AttentionShape& shape, const at::Tensor& qkv_TN, const HeadTransform& transform, const AttentionGradients& gradients, at::Tensor& d_qkv_TN,

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 // Causal attention over packed documents by tiles, forward and backward (the tiling of arXiv:2205.14135): no tokens x tokens
-// matrix, no work above the diagonal, across documents or behind the window. f32 throughout. The result does not depend on
-// the number of threads.
+// matrix, no work above the diagonal, across documents or behind the window. The result does not depend on the number of threads.
 //
 // Letters: T = tokens, K = key and value heads, G = query heads that share one, S = head size, R = query rows of a tile.
 // A head's queries and keys are kept as [T, S] and transposed as [S, T], since a tile product wants one of each.
+//
+// f32 throughout, or narrow: tiles are multiplied in bf16 with f32 sums, where the compute type is bf16 and the processor has such tiles
+// (models/bf16_tiles.h). Scores, their softmax and all sums are f32 either way; narrow, queries and keys (normalised and rotated),
+// probabilities and the gradients of scores are rounded where they enter a product.
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
@@ -22,15 +25,17 @@ struct AttentionShape {
 };
 
 /// Inputs by head, zero behind the last token up to padded_tokens. Queries carry the attention scale already; the G query
-/// heads of one key head lie together, token by token: query row t * G + g. What a pass does not read is undefined.
+/// heads of one key head lie together, token by token: query row t * G + g. What a pass does not read is undefined. f32, or bf16 where
+/// narrow.
 struct AttentionHeads {
-  at::Tensor q_KRS, qt_KSR;  // [K, padded T * G, S] (backward) and [K, S, padded T * G]
+  at::Tensor q_KRS, qt_KSR;  // [K, padded T * G, S] (backward; narrow: always) and [K, S, padded T * G] (narrow: never)
   at::Tensor k_KTS, kt_KST;  // [K, padded T, S] and [K, S, padded T] (backward)
   at::Tensor v_KTS, vt_KST;  // [K, padded T, S] (backward) and [K, S, padded T] (forward)
 };
 std::int64_t padded_tokens(std::int64_t tokens);
-/// Makes the tensors that a forward or a backward pass reads, of the right sizes and with zeros behind the last token.
-AttentionHeads make_heads(const AttentionShape& shape, bool backward);
+/// Makes the tensors that a forward or a backward pass reads, of the right sizes and with zeros behind the last token. They are narrow for
+/// a compute type of bf16 where that can be.
+AttentionHeads make_heads(const AttentionShape& shape, bool backward, at::ScalarType compute_type);
 
 /// out_TQ, [T, K G S] f32 or bf16, gets the attention; the result is the log of each query row's sum of exponentials, f32
 /// [K, padded T * G], which the backward pass needs.
@@ -53,10 +58,12 @@ struct QueryRun {
 };
 /// `count` keys and values of the list from `first` on. k, v: [K, rows, S], kt, vt: [K, S, rows], pointing at the first key of head 0; 32
 /// keys more than there are may be read, of any finite value.
-struct KeyBlock {
+template <class E>
+struct KeysOf {
   std::int64_t first = 0, count = 0, rows = 0;
-  const float *k = nullptr, *kt = nullptr, *v = nullptr, *vt = nullptr;  // kt and v: backward; vt: forward
+  const E *k = nullptr, *kt = nullptr, *v = nullptr, *vt = nullptr;  // kt and v: backward; vt: forward
 };
+using KeyBlock = KeysOf<float>;
 struct QueryTile {
   std::int64_t row, first, count, document;  // document: its first token
 };

@@ -105,7 +105,7 @@ std::vector<KeyBlock> own_blocks(const AttentionShape& shape, const SharedRow& r
 }  // namespace
 
 AttentionHeads make_ring_heads(const AttentionShape& shape) {
-  AttentionHeads heads = make_heads(shape, /*backward=*/false);
+  AttentionHeads heads = make_heads(shape, /*backward=*/false, at::kFloat);
   heads.v_KTS = at::zeros({shape.kv_heads, padded_tokens(shape.tokens), shape.head_size}, at::kFloat);
   return heads;
 }

@@ -45,11 +45,11 @@ struct Passes {
 };
 Passes tiled(const AttentionShape& shape, const at::Tensor& qkv_TN, const at::Tensor& d_out_TQ, double scale) {
   const HeadTransform transform{.scale = static_cast<float>(scale)};
-  AttentionHeads heads = make_heads(shape, false);
+  AttentionHeads heads = make_heads(shape, false, qkv_TN.scalar_type());
   split_heads(shape, qkv_TN, transform, heads, false);
   Passes passes{.out_TQ = at::empty_like(d_out_TQ), .d_qkv_TN = at::empty_like(qkv_TN)};
   const at::Tensor lse_KR = attention_forward(shape, heads, passes.out_TQ);
-  AttentionHeads again = make_heads(shape, true);
+  AttentionHeads again = make_heads(shape, true, qkv_TN.scalar_type());
   split_heads(shape, qkv_TN, transform, again, true);
   const AttentionGradients gradients = attention_backward(shape, again, passes.out_TQ, lse_KR, d_out_TQ);
   merge_head_gradients(shape, qkv_TN, transform, gradients, passes.d_qkv_TN, {}, {});
@@ -82,18 +82,20 @@ TEST_P(PackedAttention, EqualsTheFormula) {
 TEST_P(PackedAttention, DoesNotDependOnThreads) {
   const AttentionShape& shape = GetParam().shape;
   const std::int64_t queries = shape.kv_heads * shape.group * shape.head_size;
-  const at::Tensor qkv_TN = uneven({shape.tokens, queries + 2 * shape.kv_heads * shape.head_size}, 1).to(at::kFloat), d_out_TQ = uneven({shape.tokens, queries}, 2).to(at::kFloat);
-  const int threads = at::get_num_threads();
-  at::set_num_threads(1);
-  const Passes one = tiled(shape, qkv_TN, d_out_TQ, 0.5);
-  at::set_num_threads(2);
-  const Passes two = tiled(shape, qkv_TN, d_out_TQ, 0.5);
-  at::set_num_threads(threads);
-  EXPECT_TRUE(at::equal(one.out_TQ, two.out_TQ));
-  EXPECT_TRUE(at::equal(one.d_qkv_TN, two.d_qkv_TN));
+  for (const at::ScalarType type : {at::kFloat, at::kBFloat16}) {
+    const at::Tensor qkv_TN = uneven({shape.tokens, queries + 2 * shape.kv_heads * shape.head_size}, 1).to(type), d_out_TQ = uneven({shape.tokens, queries}, 2).to(type);
+    const int threads = at::get_num_threads();
+    at::set_num_threads(1);
+    const Passes one = tiled(shape, qkv_TN, d_out_TQ, 0.5);
+    at::set_num_threads(2);
+    const Passes two = tiled(shape, qkv_TN, d_out_TQ, 0.5);
+    at::set_num_threads(threads);
+    EXPECT_TRUE(at::equal(one.out_TQ, two.out_TQ)) << toString(type);
+    EXPECT_TRUE(at::equal(one.d_qkv_TN, two.d_qkv_TN)) << toString(type);
+  }
 }
 
-TEST_P(PackedAttention, Bf16OnlyRoundsWhatItIsGivenAndGives) {
+TEST_P(PackedAttention, Bf16RoundsNothingButFactorsAndWhatItGives) {
   const AttentionShape& shape = GetParam().shape;
   const std::int64_t queries = shape.kv_heads * shape.group * shape.head_size;
   const at::Tensor qkv_TN = uneven({shape.tokens, queries + 2 * shape.kv_heads * shape.head_size}, 1).to(at::kBFloat16), d_out_TQ = uneven({shape.tokens, queries}, 2).to(at::kBFloat16);

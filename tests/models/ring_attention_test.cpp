@@ -128,7 +128,7 @@ Passes shared(const AttentionShape& whole, const SharedRow& row, const at::Tenso
   split_heads(shape, qkv_TN, transform, heads, false);
   Passes passes{.out_TQ = at::empty_like(d_out_TQ), .d_qkv_TN = at::empty_like(qkv_TN)};
   const at::Tensor lse_KR = ring_attention_forward(shape, row, heads, passes.out_TQ);
-  AttentionHeads again = make_heads(shape, true);
+  AttentionHeads again = make_heads(shape, true, at::kFloat);
   split_heads(shape, qkv_TN, transform, again, true);
   const AttentionGradients gradients = ring_attention_backward(shape, row, again, passes.out_TQ, lse_KR, d_out_TQ);
   merge_head_gradients(shape, qkv_TN, transform, gradients, passes.d_qkv_TN, {}, {});
