@@ -141,7 +141,7 @@ TEST(TokenRows, OfALookUpAreAddedToTheGradientThatTheTableHas) {
   const at::Tensor tokens_T = at::tensor({3, 1, 3, 0, 8, 1, 3, 0}, at::kLong), d_TD = at::randn({8, 5}), before_VD = at::randn({9, 5});
   for (const std::int64_t pad_id : {-1, 0}) {
     const at::Tensor table_VD = at::randn({9, 5}).set_requires_grad(true), expected_VD = at::embedding_dense_backward(d_TD, tokens_T, 9, pad_id, false);
-    const auto look_up = [&] { models::embedded_TD(table_VD, {}, {}, tokens_T, pad_id).backward(d_TD); };
+    const auto look_up = [&] { models::embedded_TD(table_VD, {}, {}, tokens_T, pad_id, at::kFloat).backward(d_TD); };
     look_up();
     EXPECT_TRUE(table_VD.grad().equal(expected_VD)) << pad_id;
     table_VD.mutable_grad() = before_VD.clone();  // as a head that shares the table leaves it
