@@ -86,6 +86,8 @@ bool has_bf16_tiles() {
   return has;
 }
 
+bool has_bf16_matrix_unit() { return __builtin_cpu_supports("amx-bf16"); }
+
 template <class C>
 void tile_product(std::int64_t m, std::int64_t n, std::int64_t k, const BFloat16* a, std::int64_t lda, const Bf16Pair* b, std::int64_t ldb, C* c, std::int64_t ldc, bool add) {
   // As many rows for each width as give the instruction its two a cycle: some 16 to 24 sums that do not wait for each other.

@@ -15,6 +15,8 @@ using Bf16Pair = std::uint32_t;
 
 /// Whether this processor has the instruction. Without it nothing below may be called but the functions that lay out pairs.
 bool has_bf16_tiles();
+/// Whether it has a unit for whole matrices besides (AMX), which libraries use and these tiles do not.
+bool has_bf16_matrix_unit();
 
 /// c (+)= a b of one thread. a: [M, K], rows lda apart; b: [(K + 1) / 2, N] pairs, rows ldb apart, of which the last has zeros below where K
 /// is odd; c: f32, or bf16 that is rounded once, rows ldc apart. Like the instruction, it takes subnormal bf16 for zeros.

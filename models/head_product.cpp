@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/vectorised.h"
+#include "models/bf16_tiles.h"
 #include "models/product.h"
 #include "models/row_kernels.h"
 #include "models/tiles.h"
@@ -19,7 +20,8 @@ namespace {
 
 // A tile of 512 x 96 logits, its transpose, the hidden states and the sums of one thread stay in a megabyte of cache.
 constexpr std::int64_t kRows = 96, kVocabulary = 512;
-constexpr std::int64_t kTogether = 4;  // blocks of rows that share a tile once it is widened
+constexpr std::int64_t kVocabularyBf16 = 256;  // the tile lies there twice, as it is and in pairs
+constexpr std::int64_t kTogether = 4;          // blocks of rows that share a tile once it is widened, or paired
 
 ALAMBIC_VECTORISED float dot(const float* a, const float* b, std::int64_t count) {
   float sum = 0;
@@ -39,6 +41,26 @@ ALAMBIC_VECTORISED void finish_row(float* d, const float* acc, float factor, con
   }
 }
 
+/// What is added up of a row, and what it becomes.
+struct RowLoss {
+  double smoothing, z_loss;
+  const float* all_rows;  // the sum of the head's rows; nullptr without smoothing
+  std::int64_t D, V;
+
+  /// The nats of a row whose running softmax has come to its highest logit m and sum l, and, unless d is nullptr, its gradient; acc: the head's rows by
+  /// exp(logit - m), added up.
+  double finish(const float* h, const float* target_row, double m, double l, const float* acc, float* d) const {
+    const double log_sum = m + std::log(l), plain = all_rows != nullptr ? dot(h, all_rows, D) : 0;
+    if (d != nullptr)
+      finish_row(d, acc, static_cast<float>((1 + 2 * z_loss * log_sum) / l), target_row, static_cast<float>(1 - smoothing), all_rows, static_cast<float>(smoothing / static_cast<double>(V)), D);
+    return log_sum - (1 - smoothing) * dot(h, target_row, D) - (smoothing > 0 ? smoothing * plain / static_cast<double>(V) : 0) + z_loss * log_sum * log_sum;
+  }
+};
+
+/// The sum of all rows of the head in f32, which is smoothing's target but for a factor; undefined without smoothing.
+at::Tensor sum_of_rows(const at::Tensor& weight_VD, double smoothing) { return smoothing > 0 ? weight_VD.to(at::kFloat).sum(0) : at::Tensor(); }
+const float* data_or_null(const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr; }
+
 }  // namespace
 
 void tiled_cross_entropy(const at::Tensor& hidden_KD, const at::Tensor& weight_VD, const std::int64_t* targets, double smoothing, double z_loss, double* nats,
@@ -48,8 +70,8 @@ void tiled_cross_entropy(const at::Tensor& hidden_KD, const at::Tensor& weight_V
   const std::int64_t most_together = is_wide ? 1 : kTogether;
   const float *const hidden = hidden_KD.const_data_ptr<float>(), *const weight = is_wide ? weight_VD.const_data_ptr<float>() : nullptr;
   float* const d_hidden = d_hidden_KD.defined() ? d_hidden_KD.mutable_data_ptr<float>() : nullptr;
-  const at::Tensor all_rows_D = smoothing > 0 ? weight_VD.to(at::kFloat).sum(0) : at::Tensor();  // smoothing's target is their mean
-  const float* const all_rows = smoothing > 0 ? all_rows_D.const_data_ptr<float>() : nullptr;
+  const at::Tensor all_rows_D = sum_of_rows(weight_VD, smoothing);
+  const RowLoss loss{.smoothing = smoothing, .z_loss = z_loss, .all_rows = data_or_null(all_rows_D), .D = D, .V = V};
   at::parallel_for(0, blocks, 1, [&](std::int64_t begin, std::int64_t end) {
     const std::int64_t together = std::min(most_together, end - begin);
     const auto per_block = static_cast<std::size_t>(D * kRows);
@@ -87,19 +109,64 @@ void tiled_cross_entropy(const at::Tensor& hidden_KD, const at::Tensor& weight_V
       }
       for (std::int64_t i = 0; i < std::min(num_blocks * kRows, K - first); ++i) {
         const std::int64_t row = first + i;
-        const float *const h = hidden + row * D, *const target_row = rows_of_head(targets[row], 1);
-        const double sum = l[static_cast<std::size_t>(i)], log_sum = static_cast<double>(m[static_cast<std::size_t>(i)]) + std::log(sum);
-        const double plain = smoothing > 0 ? dot(h, all_rows, D) : 0;
-        nats[row] = log_sum - (1 - smoothing) * dot(h, target_row, D) - (smoothing > 0 ? smoothing * plain / static_cast<double>(V) : 0) + z_loss * log_sum * log_sum;
-        if (d_hidden == nullptr) continue;
-        finish_row(d_hidden + row * D, acc.data() + i * D, static_cast<float>((1 + 2 * z_loss * log_sum) / sum), target_row, static_cast<float>(1 - smoothing), all_rows,
-                   static_cast<float>(smoothing / static_cast<double>(V)), D);
+        nats[row] = loss.finish(hidden + row * D, rows_of_head(targets[row], 1), m[static_cast<std::size_t>(i)], l[static_cast<std::size_t>(i)], acc.data() + i * D,
+                                d_hidden == nullptr ? nullptr : d_hidden + row * D);
       }
     }
   });
 }
 
-std::uint64_t tiled_cross_entropy_bytes(const at::Tensor& weight_VD, std::int64_t num_threads) {
+void tiled_cross_entropy_bf16(const at::Tensor& hidden_KD, const at::Tensor& weight_VD, const std::int64_t* targets, double smoothing, double z_loss, double* nats,
+                              at::Tensor& d_hidden_KD) {
+  constexpr std::int64_t kTile = kVocabularyBf16;
+  const std::int64_t K = hidden_KD.size(0), D = hidden_KD.size(1), V = weight_VD.size(0), blocks = (K + kRows - 1) / kRows, pairs = (D + 1) / 2;
+  const at::BFloat16 *const hidden = hidden_KD.const_data_ptr<at::BFloat16>(), *const weight = weight_VD.const_data_ptr<at::BFloat16>();
+  float* const d_hidden = d_hidden_KD.defined() ? d_hidden_KD.mutable_data_ptr<float>() : nullptr;
+  const at::Tensor all_rows_D = sum_of_rows(weight_VD, smoothing);
+  const RowLoss loss{.smoothing = smoothing, .z_loss = z_loss, .all_rows = data_or_null(all_rows_D), .D = D, .V = V};
+  at::parallel_for(0, blocks, 1, [&](std::int64_t begin, std::int64_t end) {
+    const std::int64_t together = std::min(kTogether, end - begin);
+    std::vector<Bf16Pair> turned(static_cast<std::size_t>(together * pairs * kRows)), tile_pairs(d_hidden != nullptr ? static_cast<std::size_t>(kTile / 2 * D) : 0);
+    std::vector<float> logits(static_cast<std::size_t>(kTile * kRows)), acc(d_hidden != nullptr ? static_cast<std::size_t>(together * kRows * D) : 0), m(static_cast<std::size_t>(together * kRows)),
+        l(m.size()), factor(kRows), h(static_cast<std::size_t>(D)), target_row(h.size());
+    std::vector<at::BFloat16> narrow(d_hidden != nullptr ? logits.size() : 0), by_row(narrow.size());
+    for (std::int64_t first_block = begin; first_block < end; first_block += together) {
+      const std::int64_t num_blocks = std::min(together, end - first_block), first = first_block * kRows;
+      std::fill(turned.begin(), turned.end(), 0);  // rows behind the last: logits of 0, never read
+      for (std::int64_t b = 0; b < num_blocks; ++b)
+        pair_columns(hidden + (first + b * kRows) * D, D, turned.data() + b * pairs * kRows, kRows, std::min(kRows, K - first - b * kRows), D);
+      std::fill(m.begin(), m.end(), tiles::kHidden);
+      std::fill(l.begin(), l.end(), 0.0f);
+      for (std::int64_t v0 = 0; v0 < V; v0 += kTile) {
+        const std::int64_t count = std::min(kTile, V - v0);
+        const at::BFloat16* const tile = weight + v0 * D;
+        if (d_hidden != nullptr) pair_rows(tile, D, tile_pairs.data(), D, count, D);
+        for (std::int64_t b = 0; b < num_blocks; ++b) {
+          const std::int64_t rows = std::min(kRows, K - first - b * kRows);
+          float* const acc_of_block = acc.data() + b * kRows * D;
+          tile_product(count, kRows, D, tile, D, turned.data() + b * pairs * kRows, kRows, logits.data(), kRows, false);
+          const bool shrinks = tiles::softmax_tile(logits.data(), count, kRows, m.data() + b * kRows, l.data() + b * kRows, factor.data());
+          if (d_hidden == nullptr) continue;
+          if (shrinks && v0 > 0)
+            for (std::int64_t i = 0; i < rows; ++i)
+              if (factor[static_cast<std::size_t>(i)] != 1.0f) tiles::scale(acc_of_block + i * D, D, factor[static_cast<std::size_t>(i)]);
+          kernels::copy_rows(logits.data(), kRows, narrow.data(), kRows, count, kRows);
+          tiles::transpose(narrow.data(), kRows, by_row.data(), kTile, count, kRows);
+          tile_product(kRows, D, count, by_row.data(), kTile, tile_pairs.data(), D, acc_of_block, D, v0 > 0);
+        }
+      }
+      for (std::int64_t i = 0; i < std::min(num_blocks * kRows, K - first); ++i) {
+        const std::int64_t row = first + i;
+        kernels::copy_rows(hidden + row * D, D, h.data(), D, 1, D);
+        kernels::copy_rows(weight + targets[row] * D, D, target_row.data(), D, 1, D);
+        nats[row] = loss.finish(h.data(), target_row.data(), m[static_cast<std::size_t>(i)], l[static_cast<std::size_t>(i)], acc.data() + i * D, d_hidden == nullptr ? nullptr : d_hidden + row * D);
+      }
+    }
+  });
+}
+
+std::uint64_t tiled_cross_entropy_bytes(const at::Tensor& weight_VD, at::ScalarType compute_type, std::int64_t num_threads) {
+  if (compute_type == at::kBFloat16) return static_cast<std::uint64_t>(num_threads * weight_VD.size(1) * (kVocabularyBf16 / 2 + kTogether * kRows * 3 / 2)) * sizeof(float);
   if (weight_VD.scalar_type() == at::kFloat) return static_cast<std::uint64_t>(num_threads) << 20;
   return static_cast<std::uint64_t>(num_threads * weight_VD.size(1) * (kVocabulary + kTogether * 2 * kRows)) * sizeof(float);
 }

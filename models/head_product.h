@@ -15,7 +15,12 @@ namespace alambic::models {
 void tiled_cross_entropy(const at::Tensor& hidden_KD, const at::Tensor& weight_VD, const std::int64_t* targets, double smoothing, double z_loss, double* nats,
                          at::Tensor& d_hidden_KD);
 
-/// Bytes that it takes besides its arguments, on so many threads.
-std::uint64_t tiled_cross_entropy_bytes(const at::Tensor& weight_VD, std::int64_t num_threads);
+/// The same of bf16 hidden states and a bf16 head, on a processor with tiles of it (models/bf16_tiles.h): logits, softmax and sums are f32, and
+/// what the head's rows are weighed with is rounded. d_hidden_KD: f32.
+void tiled_cross_entropy_bf16(const at::Tensor& hidden_KD, const at::Tensor& weight_VD, const std::int64_t* targets, double smoothing, double z_loss, double* nats,
+                              at::Tensor& d_hidden_KD);
+
+/// Bytes that one or the other takes besides its arguments, on so many threads.
+std::uint64_t tiled_cross_entropy_bytes(const at::Tensor& weight_VD, at::ScalarType compute_type, std::int64_t num_threads);
 
 }  // namespace alambic::models

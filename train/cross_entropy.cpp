@@ -19,6 +19,7 @@
 #include "core/config.h"
 #include "core/error.h"
 #include "core/random.h"
+#include "models/bf16_tiles.h"
 #include "models/head_product.h"
 #include "models/product.h"
 #include "models/row_kernels.h"
@@ -65,18 +66,22 @@ at::Tensor weight_for_tiles(const models::Linear& head) { return head.quantized 
 
 // Whether the tiled path computes this head: it makes no gradient of the head itself.
 bool takes_tiles(const models::Linear& head) {
-  return head.device().is_cpu() && head.compute_type() == at::kFloat && weight_for_tiles(head).defined() && !weight_for_tiles(head).requires_grad() && !head.adapter && !head.bias_O.defined() &&
-         !head.token_rows_ND.defined();
+  const at::Tensor weight_VD = weight_for_tiles(head);
+  if (!head.device().is_cpu() || !weight_VD.defined() || weight_VD.requires_grad() || head.adapter || head.bias_O.defined() || head.token_rows_ND.defined()) return false;
+  if (head.compute_type() == at::kFloat) return true;
+  return head.compute_type() == at::kBFloat16 && weight_VD.scalar_type() == at::kBFloat16 && models::has_bf16_tiles() && !models::has_bf16_matrix_unit();
 }
 
 // Nats of the kept rows, and their gradient in the rows of d_hidden_TD where that is defined.
 std::vector<double> tiled_nats(const at::Tensor& hidden_TD, const models::Linear& head, const Rows& kept, const LossConfig& loss, at::Tensor& d_hidden_TD) {
   const at::NoGradGuard no_grad;
   const bool all = kept.index_K.numel() == hidden_TD.size(0);
-  const at::Tensor h_KD = all ? hidden_TD.detach().to(at::kFloat).contiguous() : hidden_TD.detach().index_select(0, kept.index_K).to(at::kFloat), targets_K = kept.targets_K.contiguous();
-  at::Tensor d_KD = d_hidden_TD.defined() ? at::empty_like(h_KD) : at::Tensor();
+  const at::ScalarType type = head.compute_type();
+  const at::Tensor h_KD = all ? hidden_TD.detach().to(type).contiguous() : hidden_TD.detach().index_select(0, kept.index_K).to(type), targets_K = kept.targets_K.contiguous();
+  at::Tensor d_KD = d_hidden_TD.defined() ? at::empty(h_KD.sizes(), at::kFloat) : at::Tensor();
   std::vector<double> nats(static_cast<std::size_t>(h_KD.size(0)));
-  models::tiled_cross_entropy(h_KD, weight_for_tiles(head).detach(), targets_K.const_data_ptr<std::int64_t>(), loss.label_smoothing, loss.z_loss, nats.data(), d_KD);
+  const auto tiled = type == at::kFloat ? models::tiled_cross_entropy : models::tiled_cross_entropy_bf16;
+  tiled(h_KD, weight_for_tiles(head).detach(), targets_K.const_data_ptr<std::int64_t>(), loss.label_smoothing, loss.z_loss, nats.data(), d_KD);
   if (d_KD.defined() && all) d_hidden_TD = d_KD.to(hidden_TD.scalar_type());
   else if (d_KD.defined()) d_hidden_TD.index_copy_(0, kept.index_K, d_KD.to(hidden_TD.scalar_type()));
   return nats;
@@ -112,7 +117,7 @@ std::int64_t num_rows_in_chunk(std::int64_t vocabulary_size) { return std::clamp
 std::uint64_t head_bytes(const models::Linear& head, std::int64_t rows) {
   // By operators, the loss makes two of f32 besides.
   const std::int64_t vocabulary = head.outputs(), copies = (head.adapter || head.token_rows_ND.defined() ? 2 : 1) + (head.device().is_cpu() ? 0 : head.compute_type() == at::kFloat ? 1 : 4);
-  if (takes_tiles(head)) return models::tiled_cross_entropy_bytes(weight_for_tiles(head), at::get_num_threads());
+  if (takes_tiles(head)) return models::tiled_cross_entropy_bytes(weight_for_tiles(head), head.compute_type(), at::get_num_threads());
   return static_cast<std::uint64_t>(copies * std::min(num_rows_in_chunk(vocabulary), rows) * vocabulary) * c10::elementSize(head.compute_type());
 }
 

@@ -16,6 +16,7 @@
 #include <limits>
 
 #include "lora/stored_weight.h"
+#include "models/bf16_tiles.h"
 #include "models/row_kernels.h"
 #include "tests/closeness.h"
 #include "tests/golden.h"
@@ -205,6 +206,25 @@ TEST(CrossEntropy, OfAStoredHeadHasTheBitsOfItsDenseCopy) {
         EXPECT_EQ(value(of_stored, stored), value(of_dense, dense)) << bias_V.defined();
         EXPECT_TRUE(at::equal(of_stored.grad(), of_dense.grad())) << bias_V.defined();
       }
+  }
+}
+
+// The same values in bf16: logits and sums are f32, so the loss is the formula's; gradients have had a rounding on the way.
+TEST(CrossEntropy, OfABf16HeadEqualsTheFormula) {
+  const std::int64_t tokens = 1001, width = 37, vocabulary = 1031;
+  const at::Tensor hidden_TD = at::randn({tokens, width}).to(at::kBFloat16), weight_VD = at::randn({vocabulary, width}).to(at::kBFloat16), targets_T = at::arange(tokens), keep_T = targets_T.ne(30);
+  for (const LossConfig& loss : {LossConfig{}, LossConfig{.label_smoothing = 0.2, .z_loss = 1e-3}}) {
+    const at::Tensor h = leaf(hidden_TD.to(at::kDouble)), hidden = leaf(hidden_TD), expected = plain_loss(h, weight_VD.to(at::kDouble), targets_T, keep_T, loss);
+    expected.backward();
+    const at::Tensor nats = cross_entropy_sum(hidden, head_of(weight_VD), targets_T, keep_T, 1, loss);
+    nats.backward();
+    const bool tiled = models::has_bf16_tiles() && !models::has_bf16_matrix_unit();
+    EXPECT_TRUE(is_close(nats, expected, {.relative = tiled ? 2e-6 : 1e-3}));
+    EXPECT_TRUE(is_close_to_scale(hidden.grad(), h.grad(), 6e-3));
+    const at::Tensor each_K = cross_entropy_of_kept(hidden, head_of(weight_VD), targets_T, keep_T);
+    if (loss.label_smoothing == 0) {
+      EXPECT_NEAR(each_K.sum(at::kDouble).item<double>(), nats.item<double>(), 1e-6 * nats.item<double>());
+    }
   }
 }
 
