@@ -91,8 +91,9 @@ std::uint64_t bytes_of_blocks(models::Decoder& decoder) {
 MemoryEstimate shared_by(const MemoryEstimate& whole, models::Decoder& decoder, const TrainConfig& config, int num_ranks) {
   MemoryEstimate of_rank = whole;
   if (!config.ranks.shard || num_ranks == 1) return of_rank;
+  const auto group = static_cast<std::uint64_t>(config.ranks.shard_group > 0 ? config.ranks.shard_group : num_ranks);
   if (config.method == "full") {
-    of_rank.optimizer /= static_cast<std::uint64_t>(num_ranks);
+    of_rank.optimizer /= group;
     // Sums of earlier micro-batches stay whole until the last one's backward pass frees them.
     if (config.data.batches_per_step * config.ranks.context > num_ranks) return of_rank;
     std::uint64_t in_blocks = 0;
@@ -100,7 +101,7 @@ MemoryEstimate shared_by(const MemoryEstimate& whole, models::Decoder& decoder, 
       if (tensor.tensor->requires_grad() && is_in_block(tensor.name)) in_blocks += tensor.tensor->nbytes();
     // Besides its part of the sums: what is not of a block leaves when the pass has ended; a block's gradients wait for their bucket; two buckets
     // are under way, each as it is sent and as it comes.
-    const std::uint64_t part = whole.trained / static_cast<std::uint64_t>(num_ranks), waiting = in_blocks / decoder.blocks.size() + 5 * static_cast<std::uint64_t>(kGradientBucketBytes);
+    const std::uint64_t part = whole.trained / group, waiting = in_blocks / decoder.blocks.size() + 5 * static_cast<std::uint64_t>(kGradientBucketBytes);
     of_rank.trained = part + (whole.trained - in_blocks) + std::min(waiting, in_blocks);
     if (decoder.fused) {
       const double kept = static_cast<double>(config.data.row_length * config.data.rows_per_batch / config.ranks.context) * models::kept_bytes_per_token(decoder);
@@ -108,7 +109,6 @@ MemoryEstimate shared_by(const MemoryEstimate& whole, models::Decoder& decoder, 
     }
     return of_rank;
   }
-  const auto group = static_cast<std::uint64_t>(config.ranks.shard_group > 0 ? config.ranks.shard_group : num_ranks);
   const std::uint64_t blocks = bytes_of_blocks(decoder), two_blocks = 2 * blocks / decoder.blocks.size();
   std::uint64_t dense = 0;  // as where a base is quantised, whose buffer is counted already
   for (const models::NamedLinear& named : decoder.linears())

@@ -276,9 +276,9 @@ void Optimizer::share(std::int64_t num_steps, parallel::Communicator& ranks) {
 
 at::Tensor Optimizer::gather_moment(std::size_t i) { fail(ErrorKind::kBug, "moment ", i, " of an optimiser that shares none"); }
 
-std::unique_ptr<Optimizer> make_optimizer(const std::vector<models::NamedTensor>& trainable, const OptimizerConfig& config, parallel::Communicator* shared_by) {
+std::unique_ptr<Optimizer> make_optimizer(const std::vector<models::NamedTensor>& trainable, const OptimizerConfig& config, parallel::Communicator* shared_by, int group) {
   std::vector<Trained> trained = with_rates(trainable, config);
-  if (shared_by != nullptr && shared_by->size() > 1) return std::make_unique<SharedOptimizer>(std::move(trained), config, *shared_by);
+  if (shared_by != nullptr && shared_by->size() > 1) return std::make_unique<SharedOptimizer>(std::move(trained), config, *shared_by, group > 0 ? group : shared_by->size());
   return make_rule(std::move(trained), config);
 }
 

@@ -109,8 +109,8 @@ class Optimizer {
 };
 
 /// trainable: names and f32 leaf tensors that require gradients; the tensors are shared, not copied. shared_by: ranks that each keep a part
-/// of summed gradients and moments; they outlive it.
-std::unique_ptr<Optimizer> make_optimizer(const std::vector<models::NamedTensor>& trainable, const OptimizerConfig& config, parallel::Communicator* shared_by = nullptr);
+/// of summed gradients and moments, or each group of them for itself (0: all are one); they outlive it.
+std::unique_ptr<Optimizer> make_optimizer(const std::vector<models::NamedTensor>& trainable, const OptimizerConfig& config, parallel::Communicator* shared_by = nullptr, int group = 0);
 std::unique_ptr<Optimizer> make_rule(std::vector<Trained> trained, const OptimizerConfig& config);
 
 }  // namespace alambic::train

@@ -118,10 +118,13 @@ Json plan(const TrainConfig& given, bool probe, const Recipe& recipe, int num_ra
   if (num_ranks > 1) {
     double gradients = 0;
     for (const Trained& one : optimizer->trained()) gradients += static_cast<double>(one.tensor.nbytes());
-    // A sum is an all-to-all and a gather, and so is what ranks that share moments send; a shared block is gathered for each pass.
-    const double others = (num_ranks - 1.0) / num_ranks, group = static_cast<double>(config.ranks.shard_group > 0 ? config.ranks.shard_group : num_ranks);
-    const double gathered = config.ranks.shard && config.method == "lora" ? 2 * static_cast<double>(bytes_of_blocks(decoder)) * (group - 1) / group * static_cast<double>(first_step.size()) : 0;
-    result["ranks"] = {{"size", num_ranks}, {"micro_batches_each", first_step.size()}, {"gradient_bytes", static_cast<std::uint64_t>(gradients)}, {"bytes_received_a_step", static_cast<std::uint64_t>(2 * gradients * others + gathered)}};
+    // A sum is an all-to-all and a gather. Ranks that share moments gather weights in their group instead, and sums of their part from other groups; a
+    // shared block is gathered for each pass.
+    const double others = (num_ranks - 1.0) / num_ranks, group = static_cast<double>(config.ranks.shard_group > 0 ? config.ranks.shard_group : num_ranks), of_group = (group - 1) / group;
+    const bool shares = config.ranks.shard;
+    const double gathered_gradients = shares && config.method == "full" ? gradients * (of_group + (num_ranks / group - 1) / num_ranks) : gradients * others;
+    const double gathered = shares && config.method == "lora" ? 2 * static_cast<double>(bytes_of_blocks(decoder)) * of_group * static_cast<double>(first_step.size()) : 0;
+    result["ranks"] = {{"size", num_ranks}, {"micro_batches_each", first_step.size()}, {"gradient_bytes", static_cast<std::uint64_t>(gradients)}, {"bytes_received_a_step", static_cast<std::uint64_t>(gradients * others + gathered_gradients + gathered)}};
   }
   if (!inputs.contributors.empty()) result["memory"]["teachers"] = besides, result["teachers"] = describe_contributors(inputs);
   return result;

@@ -169,7 +169,7 @@ TrainReport run_ranks(const TrainConfig& config, bool resume, const std::functio
   if (context > 1) share_rows(decoder, ranks, context);
   std::vector<models::NamedTensor> trained = lora::trainable(decoder);
   const LossSum loss_sum = recipe.loss(decoder, inputs, trained);
-  const std::unique_ptr<Optimizer> optimizer = make_optimizer(trained, config.optimizer, config.ranks.shard && config.method == "full" ? &ranks : nullptr);
+  const std::unique_ptr<Optimizer> optimizer = make_optimizer(trained, config.optimizer, config.ranks.shard && config.method == "full" ? &ranks : nullptr, static_cast<int>(config.ranks.shard_group));
   if (is_first) require_disk(config, *optimizer, inputs.model.num_parameters());
   data::BatchStream batches(stream_config(config), static_cast<std::uint32_t>(inputs.model.vocabulary_size), ranks.rank() / context, ranks.size() / context);
   const Sampler sampler(config, decoder);

@@ -21,6 +21,32 @@ constexpr std::int64_t kElementsAtOnce = 1 << 21;  // that go from rank to rank,
 
 at::Tensor flat(const at::Tensor& tensor) { return tensor.detach().view(-1); }
 
+std::int64_t length_of(const std::vector<Slice>& part) {
+  std::int64_t length = 0;
+  for (const Slice& slice : part) length += slice.count;
+  return length;
+}
+std::int64_t longest_of(const std::vector<std::vector<Slice>>& parts) {
+  std::int64_t longest = 0;
+  for (const std::vector<Slice>& part : parts) longest = std::max(longest, length_of(part));
+  return longest;
+}
+
+/// act(buffer's place, place(tensor, first, count)) for the elements of a part from `begin` on, as many as the buffer has, piece by piece.
+template <class Place, class Act>
+void walk(const std::vector<Slice>& part, std::int64_t begin, const at::Tensor& buffer, const Place& place, const Act& act) {
+  std::int64_t done = 0;
+  for (std::size_t i = 0; i < part.size() && done < buffer.numel(); ++i) {
+    const std::int64_t skipped = std::min(begin, part[i].count), taken = std::min(part[i].count - skipped, buffer.numel() - done);
+    begin -= skipped;
+    if (taken == 0) continue;
+    act(buffer.narrow(0, done, taken), place(i, part[i].first + skipped, taken));
+    done += taken;
+  }
+}
+const auto pack = [](const at::Tensor& buffer, const at::Tensor& place) { buffer.copy_(place); };
+const auto unpack = [](const at::Tensor& buffer, const at::Tensor& place) { place.copy_(buffer); };
+
 }  // namespace
 
 std::vector<std::vector<Slice>> slices_of(std::span<const std::int64_t> sizes, std::span<const std::vector<std::size_t>> buckets, int ranks) {
@@ -47,16 +73,21 @@ std::vector<std::vector<Slice>> slices_of(std::span<const std::int64_t> sizes, s
   return slices;
 }
 
-SharedOptimizer::SharedOptimizer(std::vector<Trained> given, const OptimizerConfig& config, parallel::Communicator& ranks) : Optimizer(std::move(given)), ranks_(ranks) {
+SharedOptimizer::SharedOptimizer(std::vector<Trained> given, const OptimizerConfig& config, parallel::Communicator& ranks, int group)
+    : Optimizer(std::move(given)), ranks_(ranks), group_(group) {
   if (config.kind != "adamw" && config.kind != "adamw8bit")
     fail(ErrorKind::kUsage, "optimizer.kind: ", config.kind, " looks at whole matrices, of which ranks that share them (ranks.shard) have parts", Remedy{"use adamw or adamw8bit, or ranks.shard: false"});
   std::vector<std::int64_t> sizes;
   for (const Trained& one : trained()) sizes.push_back(one.tensor.numel());
-  slices_ = slices_of(sizes, buckets_of(trained()), ranks_.size());
-  for (const std::vector<Slice>& part : slices_) {
-    std::int64_t length = 0;
-    for (const Slice& slice : part) length += slice.count;
-    longest_ = std::max(longest_, length);
+  summed_ = slices_of(sizes, buckets_of(trained()), ranks_.size());
+  const auto groups = static_cast<std::size_t>(ranks_.size() / group_);
+  for (std::size_t part = 0; part < summed_.size(); part += groups) {
+    std::vector<Slice>& slices = slices_.emplace_back(summed_[part]);
+    for (std::size_t i = 0; i < slices.size(); ++i)
+      for (std::size_t piece = part + 1; piece < part + groups; ++piece) {
+        if (slices[i].count == 0) slices[i].first = summed_[piece][i].first;
+        slices[i].count += summed_[piece][i].count;
+      }
   }
   std::vector<Trained> own;
   for (std::size_t i = 0; i < trained().size(); ++i) {
@@ -75,17 +106,9 @@ SharedOptimizer::SharedOptimizer(std::vector<Trained> given, const OptimizerConf
   own_ = make_rule(std::move(own), config);
 }
 
-template <class Copy>
-void SharedOptimizer::walk(int rank, std::int64_t begin, const at::Tensor& buffer, std::span<const at::Tensor> tensors, const Copy& copy) const {
-  const std::vector<Slice>& part = slices_[static_cast<std::size_t>(rank)];
-  std::int64_t done = 0;
-  for (std::size_t i = 0; i < part.size() && done < buffer.numel(); ++i) {
-    const std::int64_t skipped = std::min(begin, part[i].count), taken = std::min(part[i].count - skipped, buffer.numel() - done);
-    begin -= skipped;
-    if (taken == 0) continue;
-    copy(buffer.narrow(0, done, taken), flat(tensors[i]).narrow(0, part[i].first + skipped, taken));
-    done += taken;
-  }
+at::Tensor SharedOptimizer::sum_of(std::size_t tensor, std::int64_t first, std::int64_t count) const {
+  const auto k = static_cast<std::size_t>(std::lower_bound(of_own_.begin(), of_own_.end(), tensor) - of_own_.begin());
+  return own_->trained()[k].tensor.grad().narrow(0, first - slice(tensor).first, count);
 }
 
 void SharedOptimizer::start_sum(std::span<const std::size_t> tensors, parallel::Communicator& ranks) {
@@ -94,11 +117,12 @@ void SharedOptimizer::start_sum(std::span<const std::size_t> tensors, parallel::
   for (const std::size_t i : tensors) {
     const at::Tensor whole = flat(gradient(i));
     for (std::size_t rank = 0; rank < parts.size(); ++rank)
-      if (const Slice& part = slices_[rank][i]; part.count > 0) parts[rank].push_back(whole.narrow(0, part.first, part.count));
+      if (const Slice& part = summed_by(static_cast<int>(rank))[i]; part.count > 0) parts[rank].push_back(whole.narrow(0, part.first, part.count));
     if (slice(i).count == 0) continue;
     const auto k = static_cast<std::size_t>(std::lower_bound(of_own_.begin(), of_own_.end(), i) - of_own_.begin());
     const TensorsUntilTheOptimiser own_part;  // in the place of gradients that have left
-    own.push_back(own_->trained()[k].tensor.mutable_grad() = at::empty({slice(i).count}, whole.options()));
+    own_->trained()[k].tensor.mutable_grad() = at::empty({slice(i).count}, whole.options());
+    if (const Slice& summed = summed_by(ranks.rank())[i]; summed.count > 0) own.push_back(sum_of(i, summed.first, summed.count));
   }
   ranks.start_reduce_scatter(parts, own, "gradients");
   for (const std::size_t i : tensors) trained()[i].tensor.mutable_grad().reset();
@@ -109,15 +133,36 @@ void SharedOptimizer::forget_gradients() {
   own_->forget_gradients();
 }
 
+// In turn s each gets what the rank s groups before it has added up of their part.
+void SharedOptimizer::exchange_sums() {
+  const auto place = [&](std::size_t i, std::int64_t first, std::int64_t count) { return sum_of(i, first, count); };
+  const int groups = ranks_.size() / group_, own_group = ranks_.rank() / group_;
+  const std::int64_t longest = longest_of(summed_);
+  const at::TensorOptions options = trained().front().tensor.options().requires_grad(false);
+  for (int turn = 1; turn < groups; ++turn) {
+    const int to = (own_group + turn) % groups * group_ + member(), from = (own_group + groups - turn) % groups * group_ + member();
+    const std::vector<Slice>&sent = summed_by(ranks_.rank()), &got = summed_by(from);
+    const std::int64_t num_sent = length_of(sent), num_got = length_of(got);
+    for (std::int64_t begin = 0; begin < longest; begin += kElementsAtOnce) {
+      const auto room = [&](std::int64_t all) { return at::empty({std::clamp<std::int64_t>(all - begin, 0, kElementsAtOnce)}, options); };
+      const at::Tensor send = room(num_sent), receive = room(num_got);
+      walk(sent, begin, send, place, pack);
+      ranks_.start_exchange(receive, from, send, to, "gradients of other groups")->wait();
+      walk(got, begin, receive, place, unpack);
+    }
+  }
+}
+
 double SharedOptimizer::clip(double max_norm, parallel::Communicator& ranks) {
+  exchange_sums();
   const std::span<at::Tensor> own = sums();
-  // Squares of all pieces in the order of the whole; a piece is of one rank, and the zeros of the others change nothing.
+  // Squares of all pieces in the order of the whole; a piece is of one rank of the first group, and the zeros of the others change nothing.
   std::vector<std::int64_t> first = {0};
   for (const Trained& one : trained()) first.push_back(first.back() + (one.tensor.numel() + kPieceOfNorm - 1) / kPieceOfNorm);
   at::Tensor squares = at::zeros({first.back()}, at::kDouble);
   const std::vector<double> of_own = squares_of(own);
   auto next = of_own.begin();
-  for (std::size_t k = 0; k < own.size(); ++k) {
+  for (std::size_t k = 0; k < own.size() && ranks.rank() < group_; ++k) {
     const std::int64_t begin = first[of_own_[k]] + slice(of_own_[k]).first / kPieceOfNorm, count = (own[k].numel() + kPieceOfNorm - 1) / kPieceOfNorm;
     std::copy_n(next, count, squares.mutable_data_ptr<double>() + begin);
     next += count;
@@ -131,15 +176,15 @@ double SharedOptimizer::clip(double max_norm, parallel::Communicator& ranks) {
 void SharedOptimizer::update(double learning_rate, std::int64_t step) {
   own_->update(learning_rate, step);
   own_->forget_gradients();
-  std::vector<at::Tensor> weights;
-  for (const Trained& one : trained()) weights.push_back(one.tensor.detach());
-  const std::int64_t at_once = std::max<std::int64_t>(kElementsAtOnce / ranks_.size(), 1);
-  for (std::int64_t begin = 0; begin < longest_; begin += at_once) {
-    const at::Tensor own = at::zeros({std::min(at_once, longest_ - begin)}, weights.front().options());
-    walk(ranks_.rank(), begin, own, weights, [](const at::Tensor& buffer, const at::Tensor& place) { buffer.copy_(place); });
-    const at::Tensor all = ranks_.all_gather(own, "weights");
-    for (int rank = 0; rank < ranks_.size(); ++rank)
-      if (rank != ranks_.rank()) walk(rank, begin, all[rank], weights, [](const at::Tensor& buffer, const at::Tensor& place) { place.copy_(buffer); });
+  const auto place = [&](std::size_t i, std::int64_t first, std::int64_t count) { return flat(trained()[i].tensor).narrow(0, first, count); };
+  const std::int64_t at_once = std::max<std::int64_t>(kElementsAtOnce / group_, 1), longest = longest_of(slices_);
+  for (std::int64_t begin = 0; begin < longest; begin += at_once) {
+    const at::TensorOptions options = trained().front().tensor.options().requires_grad(false);
+    const at::Tensor own = at::zeros({std::min(at_once, longest - begin)}, options), all = at::empty({group_, own.numel()}, options);
+    walk(slices_[static_cast<std::size_t>(member())], begin, own, place, pack);
+    ranks_.start_gather(all, own, group_, "weights")->wait();
+    for (int other = 0; other < group_; ++other)
+      if (other != member()) walk(slices_[static_cast<std::size_t>(other)], begin, all[other], place, unpack);
   }
 }
 
@@ -174,7 +219,7 @@ at::Tensor SharedOptimizer::own_part(const Moment& moment) const {
 at::Tensor SharedOptimizer::gather_moment(std::size_t i) {
   const Moment& moment = moments_.at(i);
   const at::Tensor whole = at::empty(moment.whole.shape, moment.whole.type);
-  for (int rank = 0; rank < ranks_.size(); ++rank) {
+  for (int rank = 0; rank < group_; ++rank) {
     const Slice part = moment.of(slices_[static_cast<std::size_t>(rank)][moment.tensor]);
     if (part.count == 0) continue;
     at::Tensor place = whole.view(-1).narrow(0, part.first, part.count);

@@ -3,6 +3,8 @@
 // The gradients and moments of what trains, shared by ranks (ZeRO, arXiv:1910.02054, section 5): each rank adds up the gradients of its part of all
 // weights, keeps the moments of that part and changes it; then all gather the weights. The others' gradients are free when their sum begins, in
 // the backward pass of a step's last micro-batch (train/gradient_sums.h). Weights are whole on every rank, and so are sums of earlier micro-batches.
+// Where groups share for themselves (hybrid sharding, as FSDP, arXiv:2304.11277, section 3.2.2), each group has all parts; of a part each of those that have it
+// adds up a piece, and they exchange them.
 #include "parallel/communicator.h"
 #include "train/optimizer.h"
 
@@ -20,8 +22,9 @@ std::vector<std::vector<Slice>> slices_of(std::span<const std::int64_t> sizes, s
 
 class SharedOptimizer final : public Optimizer {
  public:
-  /// For kind: adamw and adamw8bit. `ranks` outlives this.
-  SharedOptimizer(std::vector<Trained> trained, const OptimizerConfig& config, parallel::Communicator& ranks);
+  /// For kind: adamw and adamw8bit. group: so many ranks that follow each other share, each group for itself; a divisor of ranks.size(). `ranks`
+  /// outlives this.
+  SharedOptimizer(std::vector<Trained> trained, const OptimizerConfig& config, parallel::Communicator& ranks, int group);
 
   void update(double learning_rate, std::int64_t step) override;
   NamedState moments() const override { return own_->moments(); }  // of this rank's part
@@ -46,14 +49,17 @@ class SharedOptimizer final : public Optimizer {
     Slice of(const Slice& elements) const { return {elements.first / per, (elements.count + per - 1) / per}; }
   };
   at::Tensor own_part(const Moment& moment) const;  // undefined: this rank has none of it
-  const Slice& slice(std::size_t tensor) const { return slices_[static_cast<std::size_t>(ranks_.rank())][tensor]; }
-  /// copy(own buffer, place in a tensor) for the elements [begin, begin + count) of a rank's part, piece by piece.
-  template <class Copy>
-  void walk(int rank, std::int64_t begin, const at::Tensor& buffer, std::span<const at::Tensor> tensors, const Copy& copy) const;
+  int member() const { return ranks_.rank() % group_; }
+  const Slice& slice(std::size_t tensor) const { return slices_[static_cast<std::size_t>(member())][tensor]; }
+  /// What a rank adds up of its part, which ranks at the same place of other groups have too.
+  const std::vector<Slice>& summed_by(int rank) const { return summed_[static_cast<std::size_t>(rank % group_ * (ranks_.size() / group_) + rank / group_)]; }
+  /// The summed gradient of these elements of a tensor, which are of this rank's part.
+  at::Tensor sum_of(std::size_t tensor, std::int64_t first, std::int64_t count) const;
+  void exchange_sums();
 
   parallel::Communicator& ranks_;
-  std::vector<std::vector<Slice>> slices_;
-  std::int64_t longest_ = 0;          // elements of the largest part
+  int group_;
+  std::vector<std::vector<Slice>> summed_, slices_;  // in equal parts of all ranks; of the members of a group
   std::unique_ptr<Optimizer> own_;    // of this rank's part
   std::vector<std::size_t> of_own_;   // its tensors, as places among trained(), ascending
   std::vector<Moment> moments_;

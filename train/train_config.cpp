@@ -87,7 +87,7 @@ void CheckpointConfig::visit(FieldVisitor& fields) {
 void RanksConfig::visit(FieldVisitor& fields) {
   fields.field("timeout", timeout, {.help = "a rank that keeps the others waiting for longer is lost, and all end with exit code 7; longer than the longest save and sample take", .unit = "seconds", .low = 1, .high = 1e6});
   fields.field("shard", shard, {.help = "each rank keeps its part: of the blocks' frozen weights, gathered just before use (method: lora), or of gradients and moments (method: full); less memory, the same bits"});
-  fields.field("shard_group", shard_group, {.help = "with shard and method: lora, each group of so many ranks that follow each other shares a model of its own: those of one machine; 0: all ranks share one", .unit = "ranks", .low = 0, .high = 1e6});
+  fields.field("shard_group", shard_group, {.help = "with shard, each group of so many ranks that follow each other shares for itself: those of one machine; 0: all ranks are one group", .unit = "ranks", .low = 0, .high = 1e6});
   fields.field("connect_timeout", connect_timeout, {.help = "for all ranks to come together at the start", .unit = "seconds", .low = 1, .high = 1e6});
   fields.field("context", context, {.help = "consecutive ranks that share each row, for rows that are too long for one: each has its part of the tokens, and keys and values go round", .low = 1, .high = 1024});
 }
@@ -167,8 +167,7 @@ void check(const TrainConfig& config) {
     if (adapter.init != "kaiming" && adapter.init != "gaussian") problem("lora.restart_every: an adapter begun anew must change nothing at first; lora.init must be kaiming or gaussian");
     if (adapter.restart_warmup_steps >= adapter.restart_every) problem("lora.restart_warmup_steps: must be less than lora.restart_every");
   }
-  if (config.ranks.shard_group > 0 && (!config.ranks.shard || config.method != "lora"))
-    problem("ranks.shard_group: is read only with ranks.shard: true and method: lora; moments are shared by all ranks");
+  if (config.ranks.shard_group > 0 && !config.ranks.shard) problem("ranks.shard_group: is read only with ranks.shard: true");
   if (config.ranks.shard) {
     if (config.method == "full" && (config.optimizer.kind == "adafactor" || config.optimizer.kind == "muon"))
       problem("optimizer.kind: " + config.optimizer.kind + " looks at whole matrices, of which ranks that share moments have parts; use adamw or adamw8bit, or ranks.shard: false");

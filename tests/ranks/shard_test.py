@@ -114,6 +114,11 @@ class Shard(unittest.TestCase):
             self.scene.train(run + "1", *KINDS[kind])
             self.scene.train(run, *KINDS[kind], *SHARD, *setting(ranks__shard_group="2"), ranks=4)
             self.assertEqual(self.scene.fingerprint(run), self.scene.fingerprint(run + "1"), kind)
+        for kind in ("adamw", "adamw8bit"):  # moments and gradients
+            run, full = f"groups-{kind}", setting(method="full", schedule__learning_rate="1e-3", optimizer__kind=kind)
+            self.scene.train(run + "1", *full)
+            self.scene.train(run, *full, *SHARD, *setting(ranks__shard_group="2"), ranks=4)
+            self.assertEqual(self.scene.fingerprint(run), self.scene.fingerprint(run + "1"), kind)
         done = self.scene.train("groups-uneven", *SHARD, *setting(ranks__shard_group="3"), ranks=4, check=2)
         self.assertIn("ranks.shard_group: 4 ranks are no whole number of groups of 3", done.stderr)
         done = self.scene.train("groups-alone", *setting(ranks__shard_group="2"), check=2)

@@ -88,21 +88,31 @@ std::string three_steps(Model& model_of_whole, Optimizer& whole, Model& model, O
   return wrong + difference(whole, shared);
 }
 
-class SharedMoments : public ::testing::TestWithParam<std::tuple<const char*, int>> {};
-INSTANTIATE_TEST_SUITE_P(Kinds, SharedMoments, ::testing::Combine(::testing::Values("adamw", "adamw8bit"), ::testing::Values(2, 3, 4, 7)),
-                         [](const auto& each) { return std::string(std::get<0>(each.param)) + "Of" + std::to_string(std::get<1>(each.param)); });
+/// So many ranks, in groups that share for themselves; 0: one group.
+struct Sharers {
+  int ranks, group = 0;
+};
+void PrintTo(const Sharers& sharers, std::ostream* out) { *out << sharers.ranks << "In" << sharers.group; }
+const auto name_of_kind = [](const auto& each) {
+  const auto& [kind, sharers] = each.param;
+  return std::string(kind) + "Of" + std::to_string(sharers.ranks) + (sharers.group > 0 ? "InGroupsOf" + std::to_string(sharers.group) : "");
+};
+
+class SharedMoments : public ::testing::TestWithParam<std::tuple<const char*, Sharers>> {};
+INSTANTIATE_TEST_SUITE_P(Kinds, SharedMoments, ::testing::Combine(::testing::Values("adamw", "adamw8bit"), ::testing::Values(Sharers{2}, Sharers{3}, Sharers{4}, Sharers{7}, Sharers{4, 2}, Sharers{6, 2}, Sharers{2, 1})), name_of_kind);
 
 TEST_P(SharedMoments, HaveTheBitsOfTheWhole) {
   const OptimizerConfig config{.kind = std::get<0>(GetParam()), .weight_decay = 0.1, .embedding_lr_ratio = 0.5};
-  testing::expect_all_fine(testing::run_ranks(std::get<1>(GetParam()), testing::kPatient, [&](Communicator& ranks) {
+  const Sharers sharers = std::get<1>(GetParam());
+  testing::expect_all_fine(testing::run_ranks(sharers.ranks, testing::kPatient, [&](Communicator& ranks) {
     at::set_num_threads(1);
     Model one, other;
-    const auto whole = make_optimizer(one.named, config), shared = make_optimizer(other.named, config, &ranks);
+    const auto whole = make_optimizer(one.named, config), shared = make_optimizer(other.named, config, &ranks, sharers.group);
     std::string wrong;
     for (const double max_norm : {0.0, 1.0}) wrong += three_steps(one, *whole, other, *shared, max_norm > 0 ? 3 : 0, max_norm, ranks);
     // Gone on with from what rank 0 alone has read.
     Model again;
-    const auto resumed = make_optimizer(again.named, config, &ranks);
+    const auto resumed = make_optimizer(again.named, config, &ranks, sharers.group);
     if (ranks.rank() == 0) resumed->restore(whole->state(), whole->num_steps());
     resumed->share(whole->num_steps(), ranks);
     if (const std::string after = difference(*whole, *resumed); !after.empty()) wrong += "resumed: " + after;
@@ -110,9 +120,9 @@ TEST_P(SharedMoments, HaveTheBitsOfTheWhole) {
     // Of all moments this rank keeps its part, give or take the pieces at its ends.
     std::int64_t own = 0;
     for (const auto& [name, moment] : shared->moments()) own += static_cast<std::int64_t>(moment.nbytes());
-    const std::int64_t all = whole->state_bytes(), piece = config.kind == std::string("adamw") ? 8 * (2 << 14) : 9 * (2 << 14) / 4;
+    const std::int64_t all = whole->state_bytes(), sharing = sharers.group > 0 ? sharers.group : ranks.size(), piece = config.kind == std::string("adamw") ? 8 * (2 << 14) : 9 * (2 << 14) / 4;
     if (shared->state_bytes() != all) wrong += "moments of " + std::to_string(shared->state_bytes()) + " bytes, not " + std::to_string(all) + "; ";
-    if (std::abs(own - all / ranks.size()) > piece) wrong += std::to_string(own) + " bytes of its own of " + std::to_string(all) + "; ";
+    if (std::abs(own - all / sharing) > piece) wrong += std::to_string(own) + " bytes of its own of " + std::to_string(all) + "; ";
     return wrong;
   }));
 }
@@ -163,13 +173,13 @@ std::string difference(const StepReport& one, const StepReport& other) {
   return one.applied != other.applied || one.stopped != other.stopped || one.bad_samples != other.bad_samples ? "reports differ; " : "";
 }
 
-class SharedGradients : public ::testing::TestWithParam<std::tuple<const char*, int>> {};
-INSTANTIATE_TEST_SUITE_P(Kinds, SharedGradients, ::testing::Combine(::testing::Values("adamw", "adamw8bit"), ::testing::Values(2, 4)),
-                         [](const auto& each) { return std::string(std::get<0>(each.param)) + "Of" + std::to_string(std::get<1>(each.param)); });
+class SharedGradients : public ::testing::TestWithParam<std::tuple<const char*, Sharers>> {};
+INSTANTIATE_TEST_SUITE_P(Kinds, SharedGradients, ::testing::Combine(::testing::Values("adamw", "adamw8bit"), ::testing::Values(Sharers{2}, Sharers{4}, Sharers{4, 2})), name_of_kind);
 
 TEST_P(SharedGradients, GiveStepsTheBitsOfTheWhole) {
   const OptimizerConfig config{.kind = std::get<0>(GetParam()), .weight_decay = 0.1};
-  testing::expect_all_fine(testing::run_ranks(std::get<1>(GetParam()), testing::kPatient, [&](Communicator& ranks) {
+  const Sharers sharers = std::get<1>(GetParam());
+  testing::expect_all_fine(testing::run_ranks(sharers.ranks, testing::kPatient, [&](Communicator& ranks) {
     at::set_num_threads(1);
     const std::unique_ptr<Communicator> nobody = parallel::single();
     const auto size = static_cast<std::size_t>(ranks.size()), self = static_cast<std::size_t>(ranks.rank());
@@ -177,7 +187,7 @@ TEST_P(SharedGradients, GiveStepsTheBitsOfTheWhole) {
     for (const Order order : {Order::kAsTheyCome, Order::kTree})
       for (const std::size_t own : {1, 2, 3}) {  // micro-batches
         Net net_of_one, net_of_whole, net;
-        const auto of_one = make_optimizer(net_of_one.named, config), whole = make_optimizer(net_of_whole.named, config), shared = make_optimizer(net.named, config, &ranks);
+        const auto of_one = make_optimizer(net_of_one.named, config), whole = make_optimizer(net_of_whole.named, config), shared = make_optimizer(net.named, config, &ranks, sharers.group);
         for (std::uint64_t number = 0; number < 5; ++number) {
           // Rank 0 learns nothing of its last micro-batch in one step, another rank's first has no finite loss in another, and rank 0 stops a third.
           const std::size_t masked = number == 1 ? (own - 1) * size : own * size;
