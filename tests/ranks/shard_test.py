@@ -20,6 +20,7 @@ def setting(**values):
 
 
 SHARD = setting(ranks__shard="true")
+GROUPS = setting(ranks__shard_group="2")
 KINDS = {
     "fused": (),
     "bf16": setting(compute_type="bf16"),
@@ -55,8 +56,8 @@ class Shard(unittest.TestCase):
 
     def test_ranks_that_share_rows_share_the_base_and_moments_too(self):
         rows = setting(data__row_length="256", ranks__context="2", limits__max_steps="8")
-        groups, full = setting(ranks__shard_group="2"), setting(method="full", schedule__learning_rate="1e-3")
-        for kind, ranks, both, shared in (("base", 2, (), ()), ("groups", 4, (), groups), ("again", 2, setting(memory="block"), ()), ("moments", 2, full, ())):
+        full = setting(method="full", schedule__learning_rate="1e-3")
+        for kind, ranks, both, shared in (("base", 2, (), ()), ("groups", 4, (), GROUPS), ("again", 2, setting(memory="block"), ()), ("moments", 2, full, ())):
             with self.subTest(kind):
                 self.scene.train(f"rows-{kind}", *rows, *both, ranks=ranks)
                 self.scene.train(f"rows-{kind}-shared", *rows, *both, *SHARD, *shared, ranks=ranks)
@@ -83,13 +84,13 @@ class Shard(unittest.TestCase):
         for kind in ("adamw", "adamw8bit"):
             full = setting(method="full", optimizer__kind=kind, schedule__learning_rate="1e-3", limits__max_steps="8")
             self.scene.train(f"full-{kind}", *full)
-            for ranks in (1, 2, 4):
-                run = f"full-{kind}-of{ranks}"
-                self.scene.train(run, *full, *SHARD, ranks=ranks)
+            for ranks, shared in ((1, SHARD), (2, SHARD), (4, SHARD), (4, SHARD + GROUPS)):
+                run = f"full-{kind}-of{ranks}" + ("-in-groups" if shared != SHARD else "")
+                self.scene.train(run, *full, *shared, ranks=ranks)
                 for name in names:
                     self.assertEqual(*[(self.scene.root / folder / name).read_bytes() for folder in (f"full-{kind}", run)], f"{run}: {name}")
             # Gone on with by other ranks that share or do not.
-            for ranks, more in ((2, SHARD), (4, SHARD), (2, ()), (1, ()), (4, SHARD)):
+            for ranks, more in ((2, SHARD), (4, SHARD + GROUPS), (2, ()), (1, ()), (4, SHARD)):
                 resume = ["--resume"] if self.scene.steps_done(f"parts-{kind}") else []
                 process = self.scene.start(f"parts-{kind}", *full, *more, *resume, ranks=ranks)
                 before = self.scene.steps_done(f"parts-{kind}")
@@ -112,16 +113,11 @@ class Shard(unittest.TestCase):
         for kind in ("fused", "nf4"):
             run = f"groups-{kind}"
             self.scene.train(run + "1", *KINDS[kind])
-            self.scene.train(run, *KINDS[kind], *SHARD, *setting(ranks__shard_group="2"), ranks=4)
-            self.assertEqual(self.scene.fingerprint(run), self.scene.fingerprint(run + "1"), kind)
-        for kind in ("adamw", "adamw8bit"):  # moments and gradients
-            run, full = f"groups-{kind}", setting(method="full", schedule__learning_rate="1e-3", optimizer__kind=kind)
-            self.scene.train(run + "1", *full)
-            self.scene.train(run, *full, *SHARD, *setting(ranks__shard_group="2"), ranks=4)
+            self.scene.train(run, *KINDS[kind], *SHARD, *GROUPS, ranks=4)
             self.assertEqual(self.scene.fingerprint(run), self.scene.fingerprint(run + "1"), kind)
         done = self.scene.train("groups-uneven", *SHARD, *setting(ranks__shard_group="3"), ranks=4, check=2)
         self.assertIn("ranks.shard_group: 4 ranks are no whole number of groups of 3", done.stderr)
-        done = self.scene.train("groups-alone", *setting(ranks__shard_group="2"), check=2)
+        done = self.scene.train("groups-alone", *GROUPS, check=2)
         self.assertIn("ranks.shard_group: is read only with ranks.shard", done.stderr)
 
     def test_three_ranks_share_unevenly(self):
