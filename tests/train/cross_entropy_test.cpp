@@ -218,9 +218,10 @@ TEST(CrossEntropy, OfABf16HeadEqualsTheFormula) {
     expected.backward();
     const at::Tensor nats = cross_entropy_sum(hidden, head_of(weight_VD), targets_T, keep_T, 1, loss);
     nats.backward();
+    // Elsewhere chunks of logits are rounded to bf16 on their way through memory.
     const bool tiled = models::has_bf16_tiles() && !models::has_bf16_matrix_unit();
     EXPECT_TRUE(is_close(nats, expected, {.relative = tiled ? 2e-6 : 1e-3}));
-    EXPECT_TRUE(is_close_to_scale(hidden.grad(), h.grad(), 6e-3));
+    EXPECT_TRUE(is_close_to_scale(hidden.grad(), h.grad(), tiled ? 6e-3 : 5e-2));
     const at::Tensor each_K = cross_entropy_of_kept(hidden, head_of(weight_VD), targets_T, keep_T);
     if (loss.label_smoothing == 0) {
       EXPECT_NEAR(each_K.sum(at::kDouble).item<double>(), nats.item<double>(), 1e-6 * nats.item<double>());
