@@ -106,9 +106,12 @@ SharedOptimizer::SharedOptimizer(std::vector<Trained> given, const OptimizerConf
   own_ = make_rule(std::move(own), config);
 }
 
+at::Tensor& SharedOptimizer::own_sum(std::size_t tensor) const {
+  return own_->trained()[static_cast<std::size_t>(std::lower_bound(of_own_.begin(), of_own_.end(), tensor) - of_own_.begin())].tensor.mutable_grad();
+}
+
 at::Tensor SharedOptimizer::sum_of(std::size_t tensor, std::int64_t first, std::int64_t count) const {
-  const auto k = static_cast<std::size_t>(std::lower_bound(of_own_.begin(), of_own_.end(), tensor) - of_own_.begin());
-  return own_->trained()[k].tensor.grad().narrow(0, first - slice(tensor).first, count);
+  return own_sum(tensor).narrow(0, first - slice(tensor).first, count);
 }
 
 void SharedOptimizer::start_sum(std::span<const std::size_t> tensors, parallel::Communicator& ranks) {
@@ -119,9 +122,8 @@ void SharedOptimizer::start_sum(std::span<const std::size_t> tensors, parallel::
     for (std::size_t rank = 0; rank < parts.size(); ++rank)
       if (const Slice& part = summed_by(static_cast<int>(rank))[i]; part.count > 0) parts[rank].push_back(whole.narrow(0, part.first, part.count));
     if (slice(i).count == 0) continue;
-    const auto k = static_cast<std::size_t>(std::lower_bound(of_own_.begin(), of_own_.end(), i) - of_own_.begin());
     const TensorsUntilTheOptimiser own_part;  // in the place of gradients that have left
-    own_->trained()[k].tensor.mutable_grad() = at::empty({slice(i).count}, whole.options());
+    own_sum(i) = at::empty({slice(i).count}, whole.options());
     if (const Slice& summed = summed_by(ranks.rank())[i]; summed.count > 0) own.push_back(sum_of(i, summed.first, summed.count));
   }
   ranks.start_reduce_scatter(parts, own, "gradients");

@@ -53,7 +53,8 @@ class SharedOptimizer final : public Optimizer {
   const Slice& slice(std::size_t tensor) const { return slices_[static_cast<std::size_t>(member())][tensor]; }
   /// What a rank adds up of its part, which ranks at the same place of other groups have too.
   const std::vector<Slice>& summed_by(int rank) const { return summed_[static_cast<std::size_t>(rank % group_ * (ranks_.size() / group_) + rank / group_)]; }
-  /// The summed gradient of these elements of a tensor, which are of this rank's part.
+  /// The summed gradient of a tensor's elements that are of this rank's part; and of some of them.
+  at::Tensor& own_sum(std::size_t tensor) const;
   at::Tensor sum_of(std::size_t tensor, std::int64_t first, std::int64_t count) const;
   void exchange_sums();
 

@@ -364,6 +364,15 @@ std::int64_t growth_of_peak(const std::function<void()>& act) {
   return peak - before;
 }
 
+/// An adapter of rank 2 on all linear layers of the base, in the place of the one that is there.
+void write_new_adapter(const MergeConfig& config) {
+  models::Decoder decoder = load_decoder(config.base, at::kFloat, {}, Linears::kAsStored);
+  const lora::LoraConfig lora{.rank = 2};
+  lora::attach(decoder, lora, /*seed=*/1);
+  fs::remove_all(config.adapter);
+  write_adapter(decoder, lora, "x", config.adapter);
+}
+
 TEST(MergeFolderMemory, IsThatOfALayerNotOfTheModel) {
   Case merge("llama_tied.lora");
   Json config = read_json_file(merge.config.base / "config.json");
@@ -378,13 +387,7 @@ TEST(MergeFolderMemory, IsThatOfALayerNotOfTheModel) {
   }
   write_safetensors(merge.config.base / "model.safetensors", tensors);
   tensors.clear();
-  {
-    models::Decoder decoder = load_decoder(merge.config.base, at::kFloat, {}, Linears::kAsStored);
-    const lora::LoraConfig lora{.rank = 2};
-    lora::attach(decoder, lora, /*seed=*/1);
-    fs::remove_all(merge.config.adapter);
-    write_adapter(decoder, lora, "x", merge.config.adapter);
-  }
+  write_new_adapter(merge.config);
   MergeReport report;
   const std::int64_t grown = growth_of_peak([&] { report = merge_folder(merge.config); });
   EXPECT_EQ(report.num_bytes, static_cast<std::uint64_t>(2 * num_parameters));
@@ -401,13 +404,7 @@ TEST(MergeFolderMemory, HoldsNoEmbeddingAndNoHead) {
   for (const auto& [name, shape] : models::expected_shapes(models::read_model_config(merge.config.base))) tensors.emplace_back(name, at::full(shape, 0.01, at::kBFloat16));
   write_safetensors(merge.config.base / "model.safetensors", tensors);
   tensors.clear();
-  {
-    models::Decoder decoder = load_decoder(merge.config.base, at::kFloat, {}, Linears::kAsStored);
-    const lora::LoraConfig lora{.rank = 2};
-    lora::attach(decoder, lora, /*seed=*/1);
-    fs::remove_all(merge.config.adapter);
-    write_adapter(decoder, lora, "x", merge.config.adapter);
-  }
+  write_new_adapter(merge.config);
   const std::int64_t grown = growth_of_peak([&] { merge_folder(merge.config); });
   EXPECT_LT(grown, std::int64_t{4} * 49'152 * 1024) << "of the embedding in f32";
   ::testing::Test::RecordProperty("grown", std::to_string(grown));
