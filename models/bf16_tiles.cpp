@@ -70,6 +70,53 @@ template <int kRows, int kVectors, class C>
   for (; i < m; ++i) block<1, kVectors>(k, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add, last);
 }
 
+// kRows x 32 sums over `k` rows of b. Two rows of it become pairs by interleaving, which leaves the columns of one vector in the halves of two: they
+// return to their places with the sums. `columns`: those that exist.
+template <int kRows, bool kAll>
+[[ALAMBIC_BF16, gnu::always_inline]] inline void strip(std::int64_t k, const Bf16Pair* a, std::int64_t lda, const BFloat16* b, std::int64_t ldb, float* c, std::int64_t ldc, bool add, __mmask32 columns) {
+  __m512 sums[kRows][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
+  const auto row_of = [&](std::int64_t row) __attribute__((always_inline, target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"))) {
+    return kAll ? _mm512_loadu_si512(b + row * ldb) : _mm512_maskz_loadu_epi16(columns, b + row * ldb);
+  };
+  const auto step = [&](std::int64_t pair, __m512i upper, __m512i lower) __attribute__((always_inline, target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"))) {
+    const auto low = reinterpret_cast<__m512bh>(_mm512_unpacklo_epi16(upper, lower)), high = reinterpret_cast<__m512bh>(_mm512_unpackhi_epi16(upper, lower));
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+      const auto both = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a[pair * lda + i])));
+      sums[i][0] = _mm512_dpbf16_ps(sums[i][0], both, low);
+      sums[i][1] = _mm512_dpbf16_ps(sums[i][1], both, high);
+    }
+  };
+  for (std::int64_t pair = 0; pair < k / 2; ++pair) step(pair, row_of(2 * pair), row_of(2 * pair + 1));
+  if (k % 2 != 0) step(k / 2, row_of(k - 1), _mm512_setzero_si512());
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23), second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  const auto first_mask = static_cast<__mmask16>(columns), second_mask = static_cast<__mmask16>(columns >> kLanes);
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+    float* const to = c + i * ldc;
+    __m512 one = _mm512_permutex2var_ps(sums[i][0], first, sums[i][1]), two = _mm512_permutex2var_ps(sums[i][0], second, sums[i][1]);
+    if (kAll) {
+      if (add) one = _mm512_add_ps(_mm512_loadu_ps(to), one), two = _mm512_add_ps(_mm512_loadu_ps(to + kLanes), two);
+      _mm512_storeu_ps(to, one);
+      _mm512_storeu_ps(to + kLanes, two);
+    } else {
+      if (add) one = _mm512_add_ps(load(to, first_mask), one), two = _mm512_add_ps(load(to + kLanes, second_mask), two);
+      store(to, first_mask, one);
+      store(to + kLanes, second_mask, two);
+    }
+  }
+}
+
+template <bool kAll>
+[[ALAMBIC_BF16]] void strips(std::int64_t m, std::int64_t k, const Bf16Pair* a, std::int64_t lda, const BFloat16* b, std::int64_t ldb, float* c, std::int64_t ldc, bool add, __mmask32 columns) {
+  std::int64_t i = 0;
+  for (; i + 8 <= m; i += 8) strip<8, kAll>(k, a + i, lda, b, ldb, c + i * ldc, ldc, add, columns);
+  for (; i + 4 <= m; i += 4) strip<4, kAll>(k, a + i, lda, b, ldb, c + i * ldc, ldc, add, columns);
+  for (; i < m; ++i) strip<1, kAll>(k, a + i, lda, b, ldb, c + i * ldc, ldc, add, columns);
+}
+
 inline std::uint32_t bits_of(BFloat16 value) { return value.x; }
 // Rounds to nearest even, without a branch.
 inline std::uint32_t bits_of(float value) {
@@ -104,6 +151,13 @@ void tile_product(std::int64_t m, std::int64_t n, std::int64_t k, const BFloat16
     }
     column += columns;
   }
+}
+
+void tile_product_over_rows(std::int64_t m, std::int64_t n, std::int64_t k, const Bf16Pair* a, std::int64_t lda, const BFloat16* b, std::int64_t ldb, float* c, std::int64_t ldc, bool add) {
+  constexpr std::int64_t kColumns = 2 * kLanes;
+  std::int64_t column = 0;
+  for (; column + kColumns <= n; column += kColumns) strips<true>(m, k, a, lda, b + column, ldb, c + column, ldc, add, ~__mmask32{0});
+  if (column < n) strips<false>(m, k, a, lda, b + column, ldb, c + column, ldc, add, static_cast<__mmask32>((1u << (n - column)) - 1));
 }
 
 template <class T>

@@ -23,6 +23,10 @@ bool has_bf16_matrix_unit();
 template <class C>
 void tile_product(std::int64_t m, std::int64_t n, std::int64_t k, const at::BFloat16* a, std::int64_t lda, const Bf16Pair* b, std::int64_t ldb, C* c, std::int64_t ldc, bool add);
 
+/// c (+)= the transpose of a times b, both with K rows: a in pairs [(K + 1) / 2, M], b [K, N] as it is. Its pairs are made in registers, once for each
+/// eight columns of a, which pays where those are few. Sums of a call are added to c when they are complete.
+void tile_product_over_rows(std::int64_t m, std::int64_t n, std::int64_t k, const Bf16Pair* a, std::int64_t lda, const at::BFloat16* b, std::int64_t ldb, float* c, std::int64_t ldc, bool add);
+
 /// The pairs of a matrix [rows, columns]: to [(rows + 1) / 2, columns], of rows ld_to apart. f32 is rounded as bf16 is everywhere.
 template <class T>
 void pair_rows(const T* from, std::int64_t ld_from, Bf16Pair* to, std::int64_t ld_to, std::int64_t rows, std::int64_t columns);

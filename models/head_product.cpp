@@ -20,8 +20,8 @@ namespace {
 
 // A tile of 512 x 96 logits, its transpose, the hidden states and the sums of one thread stay in a megabyte of cache.
 constexpr std::int64_t kRows = 96, kVocabulary = 512;
-constexpr std::int64_t kVocabularyBf16 = 256;  // the tile lies there twice, as it is and in pairs
-constexpr std::int64_t kTogether = 4;          // blocks of rows that share a tile once it is widened, or paired
+constexpr std::int64_t kVocabularyBf16 = 256;
+constexpr std::int64_t kTogether = 4;  // blocks of rows that share a tile once it is there, or widened
 
 ALAMBIC_VECTORISED float dot(const float* a, const float* b, std::int64_t count) {
   float sum = 0;
@@ -126,10 +126,9 @@ void tiled_cross_entropy_bf16(const at::Tensor& hidden_KD, const at::Tensor& wei
   const RowLoss loss{.smoothing = smoothing, .z_loss = z_loss, .all_rows = data_or_null(all_rows_D), .D = D, .V = V};
   at::parallel_for(0, blocks, 1, [&](std::int64_t begin, std::int64_t end) {
     const std::int64_t together = std::min(kTogether, end - begin);
-    std::vector<Bf16Pair> turned(static_cast<std::size_t>(together * pairs * kRows)), tile_pairs(d_hidden != nullptr ? static_cast<std::size_t>(kTile / 2 * D) : 0);
+    std::vector<Bf16Pair> turned(static_cast<std::size_t>(together * pairs * kRows)), weights(d_hidden != nullptr ? static_cast<std::size_t>(kTile / 2 * kRows) : 0);
     std::vector<float> logits(static_cast<std::size_t>(kTile * kRows)), acc(d_hidden != nullptr ? static_cast<std::size_t>(together * kRows * D) : 0), m(static_cast<std::size_t>(together * kRows)),
         l(m.size()), factor(kRows), h(static_cast<std::size_t>(D)), target_row(h.size());
-    std::vector<at::BFloat16> narrow(d_hidden != nullptr ? logits.size() : 0), by_row(narrow.size());
     for (std::int64_t first_block = begin; first_block < end; first_block += together) {
       const std::int64_t num_blocks = std::min(together, end - first_block), first = first_block * kRows;
       std::fill(turned.begin(), turned.end(), 0);  // rows behind the last: logits of 0, never read
@@ -140,7 +139,6 @@ void tiled_cross_entropy_bf16(const at::Tensor& hidden_KD, const at::Tensor& wei
       for (std::int64_t v0 = 0; v0 < V; v0 += kTile) {
         const std::int64_t count = std::min(kTile, V - v0);
         const at::BFloat16* const tile = weight + v0 * D;
-        if (d_hidden != nullptr) pair_rows(tile, D, tile_pairs.data(), D, count, D);
         for (std::int64_t b = 0; b < num_blocks; ++b) {
           const std::int64_t rows = std::min(kRows, K - first - b * kRows);
           float* const acc_of_block = acc.data() + b * kRows * D;
@@ -150,9 +148,8 @@ void tiled_cross_entropy_bf16(const at::Tensor& hidden_KD, const at::Tensor& wei
           if (shrinks && v0 > 0)
             for (std::int64_t i = 0; i < rows; ++i)
               if (factor[static_cast<std::size_t>(i)] != 1.0f) tiles::scale(acc_of_block + i * D, D, factor[static_cast<std::size_t>(i)]);
-          kernels::copy_rows(logits.data(), kRows, narrow.data(), kRows, count, kRows);
-          tiles::transpose(narrow.data(), kRows, by_row.data(), kTile, count, kRows);
-          tile_product(kRows, D, count, by_row.data(), kTile, tile_pairs.data(), D, acc_of_block, D, v0 > 0);
+          pair_rows(logits.data(), kRows, weights.data(), kRows, count, kRows);
+          tile_product_over_rows(kRows, D, count, weights.data(), kRows, tile, D, acc_of_block, D, v0 > 0);
         }
       }
       for (std::int64_t i = 0; i < std::min(num_blocks * kRows, K - first); ++i) {
@@ -166,7 +163,7 @@ void tiled_cross_entropy_bf16(const at::Tensor& hidden_KD, const at::Tensor& wei
 }
 
 std::uint64_t tiled_cross_entropy_bytes(const at::Tensor& weight_VD, at::ScalarType compute_type, std::int64_t num_threads) {
-  if (compute_type == at::kBFloat16) return static_cast<std::uint64_t>(num_threads * weight_VD.size(1) * (kVocabularyBf16 / 2 + kTogether * kRows * 3 / 2)) * sizeof(float);
+  if (compute_type == at::kBFloat16) return static_cast<std::uint64_t>(num_threads * (weight_VD.size(1) * kTogether * kRows * 3 / 2 + kVocabularyBf16 * kRows * 3 / 2)) * sizeof(float);
   if (weight_VD.scalar_type() == at::kFloat) return static_cast<std::uint64_t>(num_threads) << 20;
   return static_cast<std::uint64_t>(num_threads * weight_VD.size(1) * (kVocabulary + kTogether * 2 * kRows)) * sizeof(float);
 }

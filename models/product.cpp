@@ -60,32 +60,30 @@ at::Tensor product(const at::Tensor& a_MK, const at::Tensor& b_KN) {
 
 namespace {
 
-// Columns of b are shared out among threads, so that each sum over rows is one thread's. A block of them stays in the cache.
-template <class T>
-void sum_over_rows(const at::Tensor& a_TM, const at::Tensor& b_TN, at::Tensor& sum_MN) {
-  constexpr std::int64_t kRows = 256, kColumns = 384, kLanes = 16, kPaired = 64;  // kPaired: columns of pairs that stay in the first cache
-  const std::int64_t rows = a_TM.size(0), M = a_TM.size(1), N = b_TN.size(1), lda = a_TM.stride(0), ldb = b_TN.stride(0);
+// Columns of b are shared out among threads, so that each sum over rows is one thread's. In f32 a block of them stays in the cache; in bf16, where
+// the product takes less time than reading b, rows are read from their first column to the last, as memory gives them soonest.
+void sum_over_rows(const float* a, std::int64_t lda, const float* b, std::int64_t ldb, float* sum, std::int64_t rows, std::int64_t M, std::int64_t N) {
+  constexpr std::int64_t kRows = 256, kColumns = 384, kLanes = 16;
   const std::int64_t blocks = (N + kColumns - 1) / kColumns, width = (N / blocks + kLanes) / kLanes * kLanes;
-  const T *const a = a_TM.const_data_ptr<T>(), *const b = b_TN.const_data_ptr<T>();
-  float* const sum = sum_MN.mutable_data_ptr<float>();
   at::parallel_for(0, (N + width - 1) / width, 1, [&](std::int64_t begin, std::int64_t end) {
-    std::vector<T> turned(static_cast<std::size_t>(kRows * M));
-    std::vector<Bf16Pair> pairs(std::is_same_v<T, float> ? 0 : kRows / 2 * kPaired);
-    for (std::int64_t block = begin; block < end; ++block) {
-      const std::int64_t column = block * width, columns = std::min(width, N - column);
+    std::vector<float> turned(static_cast<std::size_t>(kRows * M));
+    for (std::int64_t column = begin * width; column < std::min(end * width, N); column += width)
       for (std::int64_t row = 0; row < rows; row += kRows) {
         const std::int64_t count = std::min(kRows, rows - row);
         tiles::transpose(a + row * lda, lda, turned.data(), kRows, count, M);
-        if constexpr (std::is_same_v<T, float>) {
-          tile_product(M, columns, count, turned.data(), kRows, b + row * ldb + column, ldb, sum + column, N, row > 0);
-        } else {
-          for (std::int64_t first = 0; first < columns; first += kPaired) {
-            const std::int64_t few = std::min(kPaired, columns - first);
-            pair_rows(b + row * ldb + column + first, ldb, pairs.data(), kPaired, count, few);
-            tile_product(M, few, count, turned.data(), kRows, pairs.data(), kPaired, sum + column + first, N, row > 0);
-          }
-        }
+        tile_product(M, std::min(width, N - column), count, turned.data(), kRows, b + row * ldb + column, ldb, sum + column, N, row > 0);
       }
+  });
+}
+void sum_over_rows(const at::BFloat16* a, std::int64_t lda, const at::BFloat16* b, std::int64_t ldb, float* sum, std::int64_t rows, std::int64_t M, std::int64_t N) {
+  constexpr std::int64_t kRows = 128, kColumns = 32;
+  at::parallel_for(0, (N + kColumns - 1) / kColumns, 1, [&](std::int64_t begin, std::int64_t end) {
+    const std::int64_t column = begin * kColumns, columns = std::min(end * kColumns, N) - column;
+    std::vector<Bf16Pair> pairs(static_cast<std::size_t>(kRows / 2 * M));
+    for (std::int64_t row = 0; row < rows; row += kRows) {
+      const std::int64_t count = std::min(kRows, rows - row);
+      pair_rows(a + row * lda, lda, pairs.data(), M, count, M);
+      tile_product_over_rows(M, columns, count, pairs.data(), M, b + row * ldb + column, ldb, sum + column, N, row > 0);
     }
   });
 }
@@ -99,8 +97,9 @@ at::Tensor product_over_rows(const at::Tensor& a_TM, const at::Tensor& b_TN) {
   if (!a_TM.is_cpu() || !has_tiles || a_TM.size(1) > kFewColumns || a_TM.stride(1) != 1 || b_TN.stride(1) != 1 || a_TM.numel() == 0 || b_TN.numel() == 0)
     return product(a_TM.t(), b_TN).to(at::kFloat);
   at::Tensor sum_MN = at::empty({a_TM.size(1), b_TN.size(1)}, at::kFloat);
-  if (a_TM.scalar_type() == at::kFloat) sum_over_rows<float>(a_TM, b_TN, sum_MN);
-  else sum_over_rows<at::BFloat16>(a_TM, b_TN, sum_MN);
+  const auto sum = [&](const auto* a, const auto* b) { sum_over_rows(a, a_TM.stride(0), b, b_TN.stride(0), sum_MN.mutable_data_ptr<float>(), a_TM.size(0), a_TM.size(1), b_TN.size(1)); };
+  if (a_TM.scalar_type() == at::kFloat) sum(a_TM.const_data_ptr<float>(), b_TN.const_data_ptr<float>());
+  else sum(a_TM.const_data_ptr<at::BFloat16>(), b_TN.const_data_ptr<at::BFloat16>());
   return sum_MN;
 }
 

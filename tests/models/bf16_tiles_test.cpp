@@ -45,6 +45,21 @@ TEST_P(Bf16Tiles, ProductEqualsTheFormula) {
   }
 }
 
+TEST_P(Bf16Tiles, ProductOverRowsEqualsTheFormula) {
+  const auto [M, N, K] = GetParam();
+  const at::Tensor a = at::randn({K, M + 3}).to(at::kBFloat16), b = at::randn({K, N + 1}).to(at::kBFloat16), before = at::randn({M, N + 2});
+  const at::Tensor product = at::mm(a.narrow(1, 0, M).t().to(at::kDouble), b.narrow(1, 0, N).to(at::kDouble));
+  std::vector<Bf16Pair> pairs(static_cast<std::size_t>((K + 1) / 2 * M));
+  pair_rows(a.const_data_ptr<at::BFloat16>(), M + 3, pairs.data(), M, K, M);
+  for (const bool add : {false, true}) {
+    const at::Tensor sum = before.clone();
+    tile_product_over_rows(M, N, K, pairs.data(), M, b.const_data_ptr<at::BFloat16>(), N + 1, sum.mutable_data_ptr<float>(), N + 2, add);
+    const at::Tensor wanted = add ? product + before.narrow(1, 0, N).to(at::kDouble) : product;
+    EXPECT_LT((sum.narrow(1, 0, N) - wanted).abs().max().item<double>(), 1e-6 * static_cast<double>(K + 4));
+    EXPECT_TRUE(at::equal(sum.narrow(1, N, 2), before.narrow(1, N, 2)));
+  }
+}
+
 TEST(Bf16Pairs, RoundAsBf16IsRoundedElsewhere) {
   const at::Tensor from = at::randn({31, 45}) * 1e3, narrow = from.to(at::kBFloat16);
   std::vector<Bf16Pair> rounded(16 * 45), given(rounded.size());
