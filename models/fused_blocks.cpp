@@ -26,6 +26,7 @@
 #include "models/ring_attention.h"
 #include "models/rope.h"
 #include "models/row_kernels.h"
+#include "models/tiles.h"
 
 namespace alambic::models {
 namespace {
@@ -51,6 +52,20 @@ float* chunk_scratch(std::size_t slot, std::int64_t count) {
   std::vector<float>& buffer = buffers[slot];
   if (buffer.size() < static_cast<std::size_t>(count)) buffer = std::vector<float>(static_cast<std::size_t>(count));
   return buffer.data();
+}
+
+// scale times the transpose of an f32 sum [R, O].
+at::Tensor scaled_transpose(const at::Tensor& sum_RO, double scale) {
+  constexpr std::int64_t kFewest = 2048;  // outputs that are worth a thread
+  const std::int64_t R = sum_RO.size(0), O = sum_RO.size(1);
+  at::Tensor made_OR = at::empty({O, R}, at::kFloat);
+  const float* const from = sum_RO.const_data_ptr<float>();
+  float* const to = made_OR.mutable_data_ptr<float>();
+  at::parallel_for(0, O, kFewest, [&](std::int64_t begin, std::int64_t end) {
+    tiles::transpose(from + begin, O, to + begin * R, R, R, end - begin);
+    tiles::scale(to + begin * R, (end - begin) * R, static_cast<float>(scale));
+  });
+  return made_OR;
 }
 
 at::Tensor floats(std::initializer_list<std::int64_t> sizes) { return at::empty(at::IntArrayRef(sizes.begin(), sizes.size()), at::kFloat); }
@@ -174,7 +189,6 @@ class TypedTape final : public Tape {
       const std::size_t before = trained_.tensors().size();
       for (std::size_t g = 0; g < kNumGroups; ++g) {
         groups[g] = make_group(block, slots[g]);
-        prepare(groups[g]);
         if (!differentiable) continue;
         for (const Member& member : groups[g].members) {
           trained_.add(member.linear->weight_OI);
@@ -186,6 +200,12 @@ class TypedTape final : public Tape {
         for (const auto& [slot, norm] : block.norms) trained_.add(norm);
       if (lowest_ == decoder_.blocks.size() && trained_.tensors().size() > before) lowest_ = layer;
     }
+    // Small work of many adapters: a thread takes whole blocks of them.
+    at::parallel_for(0, static_cast<std::int64_t>(groups_.size()), 1, [&](std::int64_t begin, std::int64_t end) {
+      const at::NoGradGuard no_grad;
+      for (std::int64_t layer = begin; layer < end; ++layer)
+        for (Group& group : groups_[static_cast<std::size_t>(layer)]) prepare(group);
+    });
     if (differentiable) trained_.add(decoder_.final_norm_D);
     if (input_needs_gradient_) lowest_ = 0;
     differentiable_ = differentiable;
@@ -319,7 +339,9 @@ class TypedTape final : public Tape {
         if constexpr (std::is_same_v<T, float>) {
           tile_product(rows, member.count, member.rank, u + member.u_column, ldu, member.scaled_bt_RO.template const_data_ptr<float>(), member.count, y + member.column, ldy, true);
         } else if (has_bf16_tiles()) {
-          tile_product(rows, member.count, member.rank, u + member.u_column, ldu, pairs(member.scaled_bt_RO), member.count, y + member.column, ldy, true);
+          constexpr std::int64_t kFew = 6;  // rows at a time, which are then read and written from end to end
+          for (std::int64_t t = 0; t < rows; t += kFew)
+            tile_product(std::min(kFew, rows - t), member.count, member.rank, u + t * ldu + member.u_column, ldu, pairs(member.scaled_bt_RO), member.count, y + t * ldy + member.column, ldy, true);
         } else {
           const float* const bt = member.scaled_bt_RO.template const_data_ptr<float>();
           float *const wide_u = chunk_scratch(0, rows * member.rank), *const delta = chunk_scratch(1, rows * member.count);
@@ -414,11 +436,14 @@ class TypedTape final : public Tape {
     const std::int64_t D = config_.hidden_size, ld = y_TN.stride(0);
     at::Tensor h_TD = floats({tokens_, D});
     if (norm_D.defined()) normed_TD = empty(D), rstd_T = floats({tokens_});
+    const bool takes_u = !group.drops && group.ranks > 0;
+    if (takes_u) u_TR = empty(group.ranks);
     const float* const x = x_TD.const_data_ptr<float>();
     const T* const y = read(y_TN);
     float* const h = h_TD.mutable_data_ptr<float>();
     for_chunks(tokens_, [&](std::int64_t t, std::int64_t rows) {
       finish_projection(group, y_TN, u_TR, t, rows);
+      if (takes_u) kernels::copy_rows(y + t * ld + group.outputs, ld, u_TR.mutable_data_ptr<T>() + t * group.ranks, group.ranks, rows, group.ranks);
       if (!norm_D.defined()) {
         kernels::add_rows(x + t * D, y + t * ld, ld, h + t * D, rows, D);
       } else {
@@ -428,7 +453,6 @@ class TypedTape final : public Tape {
         kernels::add_rows(x + t * D, wide, D, h + t * D, rows, D);
       }
     });
-    if (!group.drops && group.ranks > 0) u_TR = y_TN.narrow(1, group.outputs, group.ranks).contiguous();
     return h_TD;
   }
 
@@ -510,7 +534,7 @@ class TypedTape final : public Tape {
       wants_a = wants_a || (member.rank > 0 && trained_.holds(member.linear->adapter->a_RI));
       const at::Tensor d_TO = dy_TN.narrow(1, member.column, member.count);
       if (member.rank > 0 && trained_.holds(member.linear->adapter->b_OR))
-        trained_.give(member.linear->adapter->b_OR, product_over_rows(u_TR.narrow(1, member.u_column, member.rank), d_TO).t().mul(member.linear->adapter->scale), gradients);
+        trained_.give(member.linear->adapter->b_OR, scaled_transpose(product_over_rows(u_TR.narrow(1, member.u_column, member.rank), d_TO), member.linear->adapter->scale), gradients);
       if (trained_.holds(member.linear->bias_O)) trained_.give(member.linear->bias_O, d_TO.sum(0, false, at::kFloat), gradients);
     }
     if (!wants_a && !wants_weight) return;
@@ -605,9 +629,11 @@ class TypedTape final : public Tape {
       const Group& group = groups[kGateUp];
       const std::int64_t F = config_.intermediate_size, ld = kept.gate_up_TN.stride(0);
       // u is needed for B's gradient, and v takes its place behind the outputs.
-      if (!group.drops && group.ranks > 0) kept.u_TR[kGateUp] = kept.gate_up_TN.narrow(1, group.outputs, group.ranks).contiguous();
+      const bool takes_u = !group.drops && group.ranks > 0;
+      if (takes_u) kept.u_TR[kGateUp] = empty(group.ranks);
       at::Tensor v_gate_up_TR = view_of_v(group, kept.gate_up_TN);
       for_chunks(tokens_, [&](std::int64_t t, std::int64_t rows) {
+        if (takes_u) kernels::copy_rows(read(v_gate_up_TR) + t * ld, ld, write(kept.u_TR[kGateUp]) + t * group.ranks, group.ranks, rows, group.ranks);
         kernels::gate_backward_rows(write(kept.gate_up_TN) + t * ld, ld, config_.gelu_tanh, write(act_TF) + t * F, F, rows, F);
         make_v(group, kept.gate_up_TN, v_gate_up_TR, t, rows);
       });
