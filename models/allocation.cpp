@@ -18,7 +18,7 @@ namespace {
 enum Place : int { kWorking, kKept, kWhereThereIsRoom };
 thread_local int place = kWorking;
 
-// Best fit in one reserved stretch of addresses; neighbours that are free become one. Blocks are few and large, so that maps and
+// Best fit, or the highest, in one reserved stretch of addresses; neighbours that are free become one. Blocks are few and large, so that maps and
 // a search through all free ones cost nothing beside what is done with the memory.
 class Heap {
  public:
@@ -32,20 +32,29 @@ class Heap {
 
   bool holds(const void* pointer) const { return base_ != nullptr && pointer >= base_ && pointer < base_ + size_; }
 
-  // nullptr where nothing is large enough. grows: also where nothing has been before.
-  void* allocate(std::size_t wanted, bool grows = true) {
-    const std::size_t bytes = (wanted + kAlignment - 1) / kAlignment * kAlignment;
+  // nullptr where nothing is large enough.
+  void* allocate(std::size_t wanted) {
+    const std::size_t bytes = rounded(wanted);
     const std::lock_guard lock(mutex_);
     auto best = free_.end();
     for (auto block = free_.begin(); block != free_.end(); ++block)
-      if (block->second >= bytes && (grows || block->first + bytes <= high_) && (best == free_.end() || block->second < best->second)) best = block;
+      if (block->second >= bytes && (best == free_.end() || block->second < best->second)) best = block;
     if (best == free_.end()) return nullptr;
-    const auto [offset, size] = *best;
-    free_.erase(best);
-    if (size > bytes) free_[offset + bytes] = size - bytes;
-    used_[offset] = bytes;
-    high_ = std::max(high_, offset + bytes);
-    return base_ + offset;
+    high_ = std::max(high_, best->first + bytes);
+    return take(best, best->first, bytes);
+  }
+
+  // The highest place below what has ever been used; nullptr where none is large enough. A backward pass frees what was kept from the highest block down: its
+  // gradients close up behind each other, and what remains of a block's room joins that of the next.
+  void* allocate_in_room(std::size_t wanted) {
+    const std::size_t bytes = rounded(wanted);
+    const std::lock_guard lock(mutex_);
+    for (auto block = free_.end(); block != free_.begin();) {
+      --block;
+      const std::size_t end = std::min(block->first + block->second, high_);
+      if (end >= block->first + bytes) return take(block, end - bytes, bytes);
+    }
+    return nullptr;
   }
 
   void release(void* pointer) {
@@ -66,6 +75,17 @@ class Heap {
 
  private:
   static constexpr std::size_t kAlignment = 64;
+  static std::size_t rounded(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+  void* take(std::map<std::size_t, std::size_t>::iterator block, std::size_t offset, std::size_t bytes) {
+    const auto [first, size] = *block;
+    if (offset > first) block->second = offset - first;
+    else free_.erase(block);
+    if (first + size > offset + bytes) free_[offset + bytes] = first + size - offset - bytes;
+    used_[offset] = bytes;
+    return base_ + offset;
+  }
+
   std::mutex mutex_;
   char* base_ = nullptr;
   std::size_t size_ = 0, high_ = 0;  // high: of what has ever been used
@@ -77,8 +97,8 @@ class TwoHeaps final : public c10::Allocator {
   c10::DataPtr allocate(std::size_t bytes) override {
     void* pointer = nullptr;
     if (place != kWorking && bytes >= kLeast) {
-      if (place == kWhereThereIsRoom) pointer = kept_.allocate(bytes, /*grows=*/false);
-      if (place == kWhereThereIsRoom && pointer == nullptr) pointer = working_.allocate(bytes, /*grows=*/false);
+      if (place == kWhereThereIsRoom) pointer = kept_.allocate_in_room(bytes);
+      if (place == kWhereThereIsRoom && pointer == nullptr) pointer = working_.allocate_in_room(bytes);
       if (pointer == nullptr) pointer = kept_.allocate(bytes);
     } else if (bytes >= kLarge) {
       pointer = working_.allocate(bytes);

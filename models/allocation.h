@@ -25,7 +25,7 @@ class KeptTensors {
 };
 
 /// While one lives, tensors that its thread makes come from wherever freed memory has room for them, and from the second heap where none has: for
-/// gradients that stay until the optimiser takes them. They take the places of what their pass has given back, and of the logits before it.
+/// gradients that stay until the optimiser takes them. They take the places of what their pass has given back, the highest first, and of the logits before it.
 class TensorsUntilTheOptimiser {
  public:
   TensorsUntilTheOptimiser();

@@ -153,7 +153,7 @@ class Tape {
   virtual ~Tape() = default;
   virtual at::Tensor forward(const at::Tensor& h_TD) = 0;
   /// The gradient of h_TD; undefined where it needs none. `after_block` is called when those of a block's own tensors are in `gradients`.
-  virtual at::Tensor backward(const at::Tensor& d_hidden_TD, variable_list& gradients, const std::function<void()>& after_block) = 0;
+  virtual at::Tensor backward(at::Tensor d_hidden_TD, variable_list& gradients, const std::function<void()>& after_block) = 0;
   const Trained& trained() const { return trained_; }
 
  protected:
@@ -238,11 +238,12 @@ class TypedTape final : public Tape {
     return hidden_TD;
   }
 
-  at::Tensor backward(const at::Tensor& d_hidden_TD, variable_list& gradients, const std::function<void()>& after_block) override {
+  at::Tensor backward(at::Tensor d_hidden_TD, variable_list& gradients, const std::function<void()>& after_block) override {
     at::Tensor dh_TD = at::zeros({tokens_, config_.hidden_size}, at::kFloat);
     at::Tensor real_TD = dh_TD.narrow(0, 0, real_tokens_);
     norm_backward(last_TD_, decoder_.final_norm_D, rstd_last_T_, d_hidden_TD.contiguous(), real_TD, gradients);
     last_TD_.reset();
+    d_hidden_TD.reset();
     for (std::size_t layer = groups_.size(); layer-- > lowest_;) {
       backward_of_block(layer, kept_[layer], dh_TD, gradients);
       kept_.pop_back();
@@ -549,10 +550,13 @@ class TypedTape final : public Tape {
           trained_.give(member.linear->adapter->a_RI, product_over_rows(v_TR.narrow(1, member.u_column, member.rank), dropped(member, x_TI)), gradients);
     }
     if (!wants_weight) return;
-    const TensorsUntilTheOptimiser gradient;
-    const at::Tensor d_NI = product(dy_TN.narrow(1, 0, group.outputs).t(), x_TI);
-    for (const Member& member : group.members)
-      if (trained_.holds(member.linear->weight_OI)) trained_.give(member.linear->weight_OI, d_NI.narrow(0, member.column, member.count), gradients);
+    // A product for each member: gradients of few sizes fit into each other's places. dy is turned first, which oneDNN would do where gradients stay.
+    for (const Member& member : group.members) {
+      if (!trained_.holds(member.linear->weight_OI)) continue;
+      const at::Tensor dy_OT = dy_TN.narrow(1, member.column, member.count).t().contiguous();
+      const TensorsUntilTheOptimiser gradient;
+      trained_.give(member.linear->weight_OI, product(dy_OT, x_TI), gradients);
+    }
   }
 
   // The gradient of the group's input. dy_TN: [T, outputs + ranks] with v behind, or [T, outputs] and v apart with dropout.
@@ -624,8 +628,8 @@ class TypedTape final : public Tape {
     if (decoder_.keep != Keep::kAll) gate_up(layer, kept, nullptr);
 
     {  // feed-forward
-      const auto [dy_TN, v_TR] = from_residual(groups[kDown], dh_TD, block, Slot::kAfterMlpNorm, kept.after_mlp_TD, kept.rstd_after_mlp_T, gradients);
-      at::Tensor act_TF = input_gradient(groups[kDown], dy_TN, v_TR);
+      OutputGradient of_down = from_residual(groups[kDown], dh_TD, block, Slot::kAfterMlpNorm, kept.after_mlp_TD, kept.rstd_after_mlp_T, gradients);
+      at::Tensor act_TF = input_gradient(groups[kDown], of_down.dy_TN, of_down.v_TR);
       const Group& group = groups[kGateUp];
       const std::int64_t F = config_.intermediate_size, ld = kept.gate_up_TN.stride(0);
       // u is needed for B's gradient, and v takes its place behind the outputs.
@@ -637,7 +641,8 @@ class TypedTape final : public Tape {
         kernels::gate_backward_rows(write(kept.gate_up_TN) + t * ld, ld, config_.gelu_tanh, write(act_TF) + t * F, F, rows, F);
         make_v(group, kept.gate_up_TN, v_gate_up_TR, t, rows);
       });
-      give_gradients(groups[kDown], dy_TN, kept.u_TR[kDown], v_TR, [&] { return act_TF; }, gradients);
+      give_gradients(groups[kDown], of_down.dy_TN, kept.u_TR[kDown], of_down.v_TR, [&] { return act_TF; }, gradients);
+      of_down = {};
       act_TF.reset();
       give_gradients(group, kept.gate_up_TN, kept.u_TR[kGateUp], v_gate_up_TR,
                      [&] { return normalised_again(kept.h_TD, norm_weight(block, Slot::kMlpNorm), kept.rstd_h_T); }, gradients);
@@ -658,12 +663,15 @@ class TypedTape final : public Tape {
     const at::Tensor query_norm_S = norm_weight(block, Slot::kQueryNorm), key_norm_S = norm_weight(block, Slot::kKeyNorm);
     const HeadTransform transform = head_transform(layer, query_norm_S, key_norm_S);
     const Group& group = groups[kQkv];
-    OutputGradient own = gradient_room(group);
+    OutputGradient own;
     {
       AttentionHeads heads = make_heads(shape, /*backward=*/true, shared_ ? at::kFloat : kType);
       split_heads(shape, kept.qkv_TN, transform, heads, /*backward=*/true);
       const AttentionGradients by_head = shared_ ? ring_attention_backward(shape, *shared_, heads, kept.out_TQ, kept.lse_KR, d_out_TQ)
                                                  : attention_backward(shape, heads, kept.out_TQ, kept.lse_KR, d_out_TQ);
+      heads = {};
+      d_out_TQ.reset();
+      own = gradient_room(group);
       const auto norm_gradient = [&](Slot slot) {
         const auto found = block.norms.find(slot);
         return found != block.norms.end() && trained_.holds(found->second) ? at::zeros({config_.head_size}, at::kFloat) : at::Tensor();
@@ -712,7 +720,7 @@ struct BlocksBackward : torch::autograd::Node {
       for (std::size_t i = 0; i < of_trained.size(); ++i)
         if (of_trained[i].defined()) give_to_leaf(*this, 1 + i, of_trained[i]);
     };
-    gradients[0] = own->backward(d_outputs[0], of_trained, give);
+    gradients[0] = own->backward(std::move(d_outputs[0]), of_trained, give);
     std::move(of_trained.begin(), of_trained.end(), gradients.begin() + 1);
     return gradients;
   }

@@ -82,10 +82,32 @@ TEST(TensorHeaps, WhatWaitsForTheOptimiserTakesRoomOfBothHeapsAndNoNewOfTheFirst
   logits.reset(), activation.reset();
   const at::Tensor first = waiting(80 * kMega), second = waiting(80 * kMega), third = waiting(80 * kMega);
   EXPECT_EQ(first.const_data_ptr(), of_activation);
-  EXPECT_EQ(second.const_data_ptr(), of_logits);
+  EXPECT_EQ(static_cast<const char*>(second.const_data_ptr()), static_cast<const char*>(of_logits) + 16 * kMega);
   const at::Tensor next = bytes(80 * kMega), next_kept = kept(80 * kMega);  // where their heaps go on
   EXPECT_GT(next.const_data_ptr(), behind.const_data_ptr());
   EXPECT_EQ(static_cast<const char*>(next_kept.const_data_ptr()), static_cast<const char*>(third.const_data_ptr()) + 80 * kMega);
+}
+
+// A backward pass frees the highest block first. What its gradients leave of a block's room must serve the next block's, too: 96 of 128, then 160 of 32 + 128.
+TEST(TensorHeaps, WhatWaitsForTheOptimiserClosesUpWhereBlocksAreFreedFromTheHighestDown) {
+  use_tensor_heaps();
+  const auto waiting = [](std::int64_t count) {
+    const TensorsUntilTheOptimiser own;
+    return bytes(count);
+  };
+  std::vector<at::Tensor> blocks;
+  {
+    const KeptTensors own;
+    for (int i = 0; i < 2; ++i) blocks.push_back(bytes(128 * kMega));
+  }
+  const auto* const lowest = static_cast<const char*>(blocks[0].const_data_ptr());
+  ASSERT_EQ(static_cast<const char*>(blocks[1].const_data_ptr()), lowest + 128 * kMega);
+  blocks.pop_back();
+  const at::Tensor of_last = waiting(96 * kMega);
+  EXPECT_EQ(static_cast<const char*>(of_last.const_data_ptr()), lowest + 160 * kMega);
+  blocks.pop_back();
+  const at::Tensor of_first = waiting(160 * kMega);
+  EXPECT_EQ(static_cast<const char*>(of_first.const_data_ptr()), lowest);
 }
 
 TEST(TensorHeaps, ManyThreadsGetPlacesOfTheirOwn) {
