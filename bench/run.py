@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import typing
 
 import simulate
 
@@ -225,7 +226,15 @@ def load_case(rounds, threads):
                       libraries_gb=left[0]["libraries_gb"], peer_libraries_gb=right[0]["libraries_gb"])
 
 
-# Rows of the table: (name, our words, the peer's words or None, least tokens/s ratio, most memory ratio).
+class Beside(typing.NamedTuple):
+    """Another case of ours that a case is run in turns with."""
+    words: str
+    what: str
+
+
+ROW_OF_512 = Beside("rows=1 length=512", "one row of 512")
+
+# Rows of the table: (name, our words, the peer's words or what of ours it is run beside).
 # A packed row of documents is compared with the same documents as rows of a batch, which is what the peer does without padding.
 STEPS = [
     ("lora_4x512", "rows=4 length=512", "rows=4 length=512 steps=1"),
@@ -235,15 +244,15 @@ STEPS = [
     ("qlora_nf4_1x512", "rows=1 length=512 quantize=nf4", "rows=1 length=512 quantize=nf4"),
     ("full_1x512", "rows=1 length=512 method=full", "rows=1 length=512 method=full"),
     ("full_1x512_adamw8bit", "rows=1 length=512 method=full optimizer=adamw8bit", "rows=1 length=512 method=full"),  # the peer's moments are f32
-    ("lora_4x512_mlp_recomputed", "rows=4 length=512 memory=mlp", None),
-    ("lora_4x512_block_recomputed", "rows=4 length=512 memory=block", None),
+    ("lora_4x512_mlp_recomputed", "rows=4 length=512 memory=mlp", Beside("rows=4 length=512", "nothing recomputed")),
+    ("lora_4x512_block_recomputed", "rows=4 length=512 memory=block", Beside("rows=4 length=512", "nothing recomputed")),
     ("lora_1x512", "rows=1 length=512", None),
     ("lora_1x512_mlp_recomputed", "rows=1 length=512 memory=mlp", None),
     ("lora_1x512_block_recomputed", "rows=1 length=512 memory=block", None),
-    ("lora_1x8192_documents_of_1024_mlp_recomputed", "rows=1 length=8192 documents=1024 memory=mlp steps=1", None),
-    ("lora_1x8192_documents_of_1024_block_recomputed", "rows=1 length=8192 documents=1024 memory=block steps=1", None),
-    ("lora_1x8192_mlp_recomputed", "rows=1 length=8192 memory=mlp steps=1", None),
-    ("lora_1x8192_block_recomputed", "rows=1 length=8192 memory=block steps=1", None),
+    ("lora_1x8192_documents_of_1024_mlp_recomputed", "rows=1 length=8192 documents=1024 memory=mlp steps=1", ROW_OF_512),
+    ("lora_1x8192_documents_of_1024_block_recomputed", "rows=1 length=8192 documents=1024 memory=block steps=1", ROW_OF_512),
+    ("lora_1x8192_mlp_recomputed", "rows=1 length=8192 memory=mlp steps=1", ROW_OF_512),
+    ("lora_1x8192_block_recomputed", "rows=1 length=8192 memory=block steps=1", ROW_OF_512),
 ]
 
 
@@ -261,11 +270,19 @@ def train_step_case(rounds, threads, types=("f32", "bf16")):
                 return {**run_json([OURS, "step", folder, dtype, *words.split()], threads), "products": products}
 
             def peer():
+                if isinstance(peer_words, Beside):
+                    return run_json([OURS, "step", folder, dtype, *peer_words.words.split()], threads)
                 return run_json([PYTHON, PEERS / "train_step.py", folder, dtype, *peer_words.split()], threads)
 
             left, right = in_turns(ours, peer if peer_words else None, rounds)
+            compared = peer_words.what if isinstance(peer_words, Beside) else peer_name + (", " + peer_versions("bitsandbytes") if "qlora" in name else "")
+            commands = {"command": f"alambic_bench step MODEL {dtype} {words}"}
+            if isinstance(peer_words, str):
+                commands["peer_command"] = f"python bench/peers/train_step.py MODEL {dtype} {peer_words}"
+            elif peer_words:
+                commands["peer_command"] = f"alambic_bench step MODEL {dtype} {peer_words.words}"
             # The same computation, or the comparison is worth nothing. At first B is zero, so that the random A does not count.
-            for a, b in zip(left[0]["losses"][:1], right[0]["losses"][:1] if right else []):
+            for a, b in zip(left[0]["losses"][:1], right[0]["losses"][:1] if isinstance(peer_words, str) else []):
                 if not abs(a - b) <= (1e-4 if dtype == "f32" else 1e-2) * abs(b):
                     raise Failed(f"train_step {name}: first loss {a}, but the peer has {b}")
             flops = left[0]["flops_of_a_step"] / 1e9
@@ -273,10 +290,10 @@ def train_step_case(rounds, threads, types=("f32", "bf16")):
             def share_of(kind):
                 return statistics.median(flops / r["seconds"] / r["products"][kind] for r in left)
             memory[name] = statistics.median(r["peak_memory_gb"] for r in left)
-            yield outcome(f"train_step_{dtype}_{name}", "tokens/s", [r["value"] for r in left], peer_name, [r["value"] for r in right],
+            yield outcome(f"train_step_{dtype}_{name}", "tokens/s", [r["value"] for r in left], compared, [r["value"] for r in right], **commands,
                           share_of_peak=share_of("value"), share_of_luckiest_product=share_of("best"), share_of_at_mm=share_of("mm"), peak_gflops=statistics.median(r["products"]["value"] for r in left), gflop_of_a_step=flops,
                           planned_tokens_per_second=statistics.median(r["value"] * r["seconds"] / r["planned_seconds"] for r in left), losses=left[0]["losses"], peer_losses=right[0]["losses"] if right else None)
-            yield outcome(f"train_step_{dtype}_{name}_memory", "GB", [r["peak_memory_gb"] for r in left], peer_name, [r["peak_memory_gb"] for r in right],
+            yield outcome(f"train_step_{dtype}_{name}_memory", "GB", [r["peak_memory_gb"] for r in left], compared, [r["peak_memory_gb"] for r in right],
                           estimated_gb=left[0]["estimated_memory_gb"])
         for policy in ("", "_mlp_recomputed", "_block_recomputed"):
             yield outcome(f"train_step_{dtype}_memory_of_a_token{policy}", "MB", [1e3 * (memory["lora_4x512" + policy] - memory["lora_1x512" + policy]) / 1536])
@@ -403,7 +420,7 @@ def machine(threads):
 
 
 def versions():
-    names = ("torch", "transformers", "peft", "tokenizers", "numpy")
+    names = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "numpy")
     script = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {names!r}}}))"
     return json.loads(subprocess.run([str(PYTHON), "-c", script], capture_output=True, text=True, check=True).stdout)
 
