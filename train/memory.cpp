@@ -123,7 +123,7 @@ MemoryEstimate estimate_reading_memory(models::Decoder& decoder, std::int64_t ba
   return estimate;
 }
 
-std::string prepare_blocks(models::Decoder& decoder, const TrainConfig& config, const std::string& not_fused, int num_sharing) {
+std::string prepare_blocks(models::Decoder& decoder, const TrainConfig& config, const std::string& not_fused, std::uint64_t available) {
   const std::string reason = not_fused.empty() ? models::use_fused_blocks(decoder) : not_fused;
   if (!reason.empty()) {
     if (config.memory == "mlp" || config.memory == "block")
@@ -135,7 +135,7 @@ std::string prepare_blocks(models::Decoder& decoder, const TrainConfig& config, 
   }
   std::uint64_t trained = 0;
   for (const models::NamedTensor& tensor : lora::trainable(decoder)) trained += tensor.tensor->nbytes();
-  const std::uint64_t available = available_memory() / static_cast<std::uint64_t>(num_sharing), optimizer_bytes = 2 * trained;
+  const std::uint64_t optimizer_bytes = 2 * trained;
   for (const auto& [name, keep] : kPolicies) {
     decoder.keep = keep;
     if (config.memory == name) break;

@@ -37,7 +37,7 @@ std::uint64_t available_memory();
 
 /// Takes the fused path where it can be taken, sets what is kept as config.memory says, and logs both. Returns why the fused path
 /// is not taken, "" where it is. not_fused: a reason that is known already, "" where there is none.
-/// num_sharing: processes that do the same on this machine, each with its share of what is available.
-std::string prepare_blocks(models::Decoder& decoder, const TrainConfig& config, const std::string& not_fused = "", int num_sharing = 1);
+/// available: bytes that this process may take, 0: unknown. `memory: auto` keeps as much as fits in them, and as little as it can where nothing fits.
+std::string prepare_blocks(models::Decoder& decoder, const TrainConfig& config, const std::string& not_fused = "", std::uint64_t available = available_memory());
 
 }  // namespace alambic::train

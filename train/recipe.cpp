@@ -164,7 +164,7 @@ TrainReport run_ranks(const TrainConfig& config, bool resume, const std::functio
   if (!device.is_cpu()) models::move_to(decoder, device);
   if (recipe.see_base) recipe.see_base(decoder);
   make_trainable(decoder, config);
-  prepare_blocks(decoder, config, recipe.not_fused, environment.local_size);
+  prepare_blocks(decoder, config, recipe.not_fused, available_memory() / static_cast<std::uint64_t>(environment.local_size));
   const auto context = static_cast<int>(config.ranks.context);
   if (context > 1) share_rows(decoder, ranks, context);
   std::vector<models::NamedTensor> trained = lora::trainable(decoder);
