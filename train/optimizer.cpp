@@ -154,6 +154,7 @@ bool decays(std::string_view name) {
 bool is_in_block(std::string_view name) { return name.find(".layers.") != std::string_view::npos; }
 
 bool is_embedding_or_head(std::string_view name) {
+  if (name.ends_with(".trainable_tokens_delta")) return true;  // rows of them, as lora::trainable() names them
   for (const std::string_view module : {"embed_tokens.weight", "lm_head.weight"})
     if (name == module || (name.ends_with(module) && name[name.size() - module.size() - 1] == '.')) return true;
   return false;
@@ -176,7 +177,7 @@ std::vector<Trained> with_rates(const std::vector<models::NamedTensor>& trainabl
     fail(ErrorKind::kUsage, "optimizer.lora_plus_ratio: ", config.lora_plus_ratio, ", but no adapter's B trains", Remedy{"leave it out, or train adapters (method: lora)"});
   if (config.embedding_lr_ratio != 1 && !has_embedding)
     fail(ErrorKind::kUsage, "optimizer.embedding_lr_ratio: ", config.embedding_lr_ratio, ", but neither the embedding nor the head trains",
-         Remedy{"leave it out, or add embed_tokens or lm_head to lora.modules_to_save"});
+         Remedy{"leave it out, add embed_tokens or lm_head to lora.modules_to_save, or name lora.trainable_tokens"});
   return trained;
 }
 

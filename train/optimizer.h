@@ -53,7 +53,7 @@ struct Trained {
 };
 
 /// Rates: lora_plus_ratio for B and for one-dimensional tensors, as PEFT's create_loraplus_optimizer groups them (LoRA+,
-/// arXiv:2402.12354); embedding_lr_ratio for a trained embedding and head; 1 for the rest.
+/// arXiv:2402.12354); embedding_lr_ratio for a trained embedding and head, or trained rows of them; 1 for the rest.
 /// Error(kUsage) when nothing trains, and when a ratio concerns nothing that trains.
 std::vector<Trained> with_rates(const std::vector<models::NamedTensor>& trainable, const OptimizerConfig& config);
 

@@ -48,7 +48,7 @@ void OptimizerConfig::visit(FieldVisitor& fields) {
   fields.field("weight_decay", weight_decay, {.help = "decoupled decay of all trained tensors but biases and norms", .low = 0, .high = 1});
   fields.field("max_grad_norm", max_grad_norm, {.help = "gradients are scaled down to this norm; 0: never", .low = 0, .high = 1e6});
   fields.field("lora_plus_ratio", lora_plus_ratio, {.help = "LoRA+: learning rate of B (and of one-dimensional tensors) over that of A; 4 to 16 is usual", .low = 1e-3, .high = 1e3});
-  fields.field("embedding_lr_ratio", embedding_lr_ratio, {.help = "learning rate of a trained embedding and head over that of the rest", .low = 0, .high = 1e3});
+  fields.field("embedding_lr_ratio", embedding_lr_ratio, {.help = "learning rate of a trained embedding and head, or of their lora.trainable_tokens, over that of the rest", .low = 0, .high = 1e3});
   fields.field("adafactor_scale_parameter", adafactor_scale_parameter, {.help = "Adafactor: learning rates are relative to each tensor's root mean square"});
   fields.field("muon_momentum", muon_momentum, {.help = "Muon: decay of the mean of gradients", .low = 0, .high = 0.999999});
   fields.field("muon_rate", muon_rate, {.help = "Muon: how a matrix's shape scales the learning rate; match_rms_adamw takes the rates that AdamW takes",

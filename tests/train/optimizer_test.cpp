@@ -274,6 +274,15 @@ TEST(Optimizer, RatesOfEmbeddingAndHeadAreTheirOwn) {
   };
   const std::map<std::string, double> expected = {{"model.embed_tokens.weight", 0.1}, {"base_model.model.lm_head.weight", 0.1}, {"lm_head.lora_A.weight", 1}, {"lm_head.lora_B.weight", 4}};
   EXPECT_EQ(rates({.lora_plus_ratio = 4, .embedding_lr_ratio = 0.1}), expected);
+  models::Decoder decoder = checkpoints::load_decoder(testing::golden_path("peft/llama_untied"), at::kFloat);
+  lora::attach(decoder, {.targets = {"q_proj"}, .trainable_tokens = {"5", "9"}, .trainable_tokens_head = true}, 1);
+  std::size_t num_of_tokens = 0;
+  for (const Trained& one : with_rates(lora::trainable(decoder), {.embedding_lr_ratio = 0.1})) {
+    const bool of_tokens = one.name.find("lora_") == std::string::npos;
+    num_of_tokens += of_tokens;
+    EXPECT_EQ(one.rate, of_tokens ? 0.1 : 1) << one.name;
+  }
+  EXPECT_EQ(num_of_tokens, 2u);  // rows of the embedding, and of the head
   EXPECT_TRUE(fails_with(ErrorKind::kUsage, "neither the embedding nor the head", [&] { with_rates({{"q.lora_B.weight", &matrix}}, {.embedding_lr_ratio = 0.1}); }));
   EXPECT_TRUE(fails_with(ErrorKind::kUsage, "no adapter's B", [&] { with_rates({{"model.embed_tokens.weight", &matrix}}, {.lora_plus_ratio = 4}); }));
 }
