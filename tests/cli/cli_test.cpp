@@ -509,6 +509,17 @@ TEST_F(CommandLine, ARunFromPlanToMerge) {
   EXPECT_EQ(object_of(call({"inspect", run + "/checkpoint-2", "--json"}))["step"], 2);
 }
 
+TEST_F(CommandLine, WhichBlocksRunIsInThePlanAndInTheLog) {
+  const auto said = [&](const char* verb, const char* output, const char* setting) {
+    return call({verb, train_yaml(), "--json", "--set", "limits.max_steps=1", "--set", setting, "--set", "output=" + (scratch_ / output).string()});
+  };
+  EXPECT_EQ(object_of(said("plan", "mlp", "memory=mlp"))["blocks"], (Json{{"path", "fused"}, {"memory", "mlp"}}));
+  EXPECT_NE(said("train", "mlp", "memory=mlp").err.find("blocks: fused, memory: mlp\n"), std::string::npos);
+  const std::string operators = "ATen operators, as model.layers.0.self_attn.q_proj has a DoRA adapter";
+  EXPECT_EQ(object_of(said("plan", "dora", "lora.dora=true"))["blocks"], (Json{{"path", operators}, {"memory", "store"}}));
+  EXPECT_NE(said("train", "dora", "lora.dora=true").err.find("blocks: " + operators + "\n"), std::string::npos);
+}
+
 TEST_F(CommandLine, SigtermSavesAndEndsWith75AndResumeGoesOn) {
   const std::string config = train_yaml();
   const fs::path metrics = scratch_ / "run/metrics.jsonl";
