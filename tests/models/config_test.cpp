@@ -117,7 +117,8 @@ TEST(ModelConfig, RefusesWhatItDoesNotKnow) {
   EXPECT_TRUE(refused(changed({{"rope_parameters", {{"rope_type", "linear"}}}}), "factor must be a number"));
   EXPECT_TRUE(refused(changed({{"rope_parameters", "fast"}}), "rope_parameters must be an object"));
   EXPECT_TRUE(refused(changed({{"partial_rotary_factor", 0.5}}), "partial_rotary_factor = 0.5 is not implemented for this family"));
-  EXPECT_TRUE(refused(changed({{"final_logit_softcapping", 30.0}}, "gemma3_text"), "final_logit_softcapping = 30.0 is not implemented"));
+  for (const std::string key : {"final_logit_softcapping", "attn_logit_softcapping", "logits_soft_cap"})
+    EXPECT_TRUE(refused(changed({{key, 30.0}}, "gemma3_text"), key + " = 30.0 is not implemented"));
   EXPECT_TRUE(refused(changed({{"use_bidirectional_attention", true}}, "gemma3_text"), "use_bidirectional_attention = true is not implemented"));
   EXPECT_TRUE(refused(changed({{"layer_types", {"full_attention", "linear_attention", "full_attention"}}}, "qwen2"), "layer_types[1] = \"linear_attention\""));
   EXPECT_TRUE(refused(changed({{"layer_types", {"full_attention"}}}, "qwen2"), "layer_types must list all 3 layers"));
