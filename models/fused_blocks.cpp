@@ -610,26 +610,34 @@ class TypedTape final : public Tape {
     return made;
   }
 
-  bool trains_attention_inputs(std::size_t layer) const {
+  bool trains(std::size_t layer, GroupIndex group, std::initializer_list<Slot> norms) const {
     const Block& block = decoder_.blocks[layer];
-    for (const Slot slot : {Slot::kAttentionNorm, Slot::kQueryNorm, Slot::kKeyNorm})
-      if (const auto found = block.norms.find(slot); found != block.norms.end() && trained_.holds(found->second)) return true;
-    for (const Member& member : groups_[layer][kQkv].members)
-      if (trained_.holds(member.linear->weight_OI) || trained_.holds(member.linear->bias_O) || (member.rank > 0 && (trained_.holds(member.linear->adapter->a_RI) || trained_.holds(member.linear->adapter->b_OR))))
-        return true;
-    return false;
+    const auto& members = groups_[layer][group].members;
+    return std::any_of(norms.begin(), norms.end(), [&](Slot slot) {
+             const auto found = block.norms.find(slot);
+             return found != block.norms.end() && trained_.holds(found->second);
+           }) ||
+           std::any_of(members.begin(), members.end(), [&](const Member& member) {
+             const Linear& linear = *member.linear;
+             return trained_.holds(linear.weight_OI) || trained_.holds(linear.bias_O) || (member.rank > 0 && (trained_.holds(linear.adapter->a_RI) || trained_.holds(linear.adapter->b_OR)));
+           });
   }
 
   // dh_TD: the gradient of the block's output, made into that of its input.
   void backward_of_block(std::size_t layer, Kept& kept, at::Tensor& dh_TD, variable_list& gradients) const {
     const Block& block = decoder_.blocks[layer];
     const std::array<Group, kNumGroups>& groups = groups_[layer];
+    // Behind which group the pass ends, as nothing below it trains.
+    const bool is_lowest = layer == lowest_ && !input_needs_gradient_;
+    const bool stops_at_attention = is_lowest && !trains(layer, kQkv, {Slot::kAttentionNorm, Slot::kQueryNorm, Slot::kKeyNorm});
+    const bool stops_at_mlp = stops_at_attention && !trains(layer, kOut, {Slot::kAfterAttentionNorm});
+    const bool stops_at_gate_up = stops_at_mlp && !trained_.holds(block.norms.at(Slot::kMlpNorm)), stops_at_down = stops_at_gate_up && !trains(layer, kGateUp, {});
     if (decoder_.keep == Keep::kInputs) attend(layer, kept);
     if (decoder_.keep != Keep::kAll) gate_up(layer, kept, nullptr);
 
     {  // feed-forward
       OutputGradient of_down = from_residual(groups[kDown], dh_TD, block, Slot::kAfterMlpNorm, kept.after_mlp_TD, kept.rstd_after_mlp_T, gradients);
-      at::Tensor act_TF = input_gradient(groups[kDown], of_down.dy_TN, of_down.v_TR);
+      at::Tensor act_TF = stops_at_down ? empty(config_.intermediate_size) : input_gradient(groups[kDown], of_down.dy_TN, of_down.v_TR);
       const Group& group = groups[kGateUp];
       const std::int64_t F = config_.intermediate_size, ld = kept.gate_up_TN.stride(0);
       // u is needed for B's gradient, and v takes its place behind the outputs.
@@ -637,6 +645,7 @@ class TypedTape final : public Tape {
       if (takes_u) kept.u_TR[kGateUp] = empty(group.ranks);
       at::Tensor v_gate_up_TR = view_of_v(group, kept.gate_up_TN);
       for_chunks(tokens_, [&](std::int64_t t, std::int64_t rows) {
+        if (stops_at_down) return kernels::gate_rows(read(kept.gate_up_TN) + t * ld, ld, config_.gelu_tanh, write(act_TF) + t * F, F, rows, F);
         if (takes_u) kernels::copy_rows(read(v_gate_up_TR) + t * ld, ld, write(kept.u_TR[kGateUp]) + t * group.ranks, group.ranks, rows, group.ranks);
         kernels::gate_backward_rows(write(kept.gate_up_TN) + t * ld, ld, config_.gelu_tanh, write(act_TF) + t * F, F, rows, F);
         make_v(group, kept.gate_up_TN, v_gate_up_TR, t, rows);
@@ -644,14 +653,16 @@ class TypedTape final : public Tape {
       give_gradients(groups[kDown], of_down.dy_TN, kept.u_TR[kDown], of_down.v_TR, [&] { return act_TF; }, gradients);
       of_down = {};
       act_TF.reset();
+      if (stops_at_down) return;
       give_gradients(group, kept.gate_up_TN, kept.u_TR[kGateUp], v_gate_up_TR,
                      [&] { return normalised_again(kept.h_TD, norm_weight(block, Slot::kMlpNorm), kept.rstd_h_T); }, gradients);
+      if (stops_at_gate_up) return;
       const at::Tensor dn_TD = input_gradient(group, kept.gate_up_TN, v_gate_up_TR);
       kept.gate_up_TN.reset();
       norm_backward(kept.h_TD, block.norms.at(Slot::kMlpNorm), kept.rstd_h_T, dn_TD, dh_TD, gradients);
     }
 
-    const bool is_lowest = layer == lowest_ && !input_needs_gradient_, stops_at_attention = is_lowest && !trains_attention_inputs(layer);
+    if (stops_at_mlp) return;
     at::Tensor d_out_TQ;
     {
       const auto [dy_TN, v_TR] = from_residual(groups[kOut], dh_TD, block, Slot::kAfterAttentionNorm, kept.after_attention_TD, kept.rstd_after_attention_T, gradients);

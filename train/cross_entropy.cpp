@@ -195,7 +195,8 @@ at::Tensor through_head(const at::Tensor& hidden_TD, const models::Linear& head,
   const bool differentiable = at::GradMode::is_enabled() && (inputs.size() > 1 || hidden_TD.requires_grad());
   variable_list gradients(inputs.size());
   const at::Tensor hidden = hidden_TD.detach();
-  if (differentiable) gradients[0] = at::zeros_like(hidden);
+  const bool wants_hidden = differentiable && hidden_TD.requires_grad();
+  if (wants_hidden) gradients[0] = at::zeros_like(hidden);
   const auto add_to = [&](at::Tensor& sum, const at::Tensor& part) {
     if (sum.defined()) sum.add_(part);
     else sum = part.to(at::kFloat);
@@ -215,20 +216,20 @@ at::Tensor through_head(const at::Tensor& hidden_TD, const models::Linear& head,
       row_loss(logits_KV, begin, differentiable);
       if (!differentiable) continue;
       const at::Tensor weight_VD = head.quantized ? models::dense_in_buffer(*head.quantized, head.compute_type()) : head.weight_OI.detach();
-      if (hidden_TD.requires_grad()) gradients[0].index_copy_(0, index, models::product(all_KV, weight_VD).narrow(0, 0, count).to(hidden.scalar_type()));
+      if (wants_hidden) gradients[0].index_copy_(0, index, models::product(all_KV, weight_VD).narrow(0, 0, count).to(hidden.scalar_type()));
       if (inputs.size() > 1) add_gradient_of_head(gradients[1], all_KV, rounded_KD);
     } else {  // an adapter, a bias or trained rows on the head: the Linear's own backward, on this chunk alone
       const at::AutoGradMode grad(differentiable);
-      const at::Tensor leaf_KD = h_KD.detach().requires_grad_(differentiable), logits = head(leaf_KD, seed);
+      const at::Tensor leaf_KD = h_KD.detach().requires_grad_(wants_hidden), logits = head(leaf_KD, seed);
       at::Tensor d_logits_KV = logits.detach().clone();  // the loss overwrites it, and autograd still needs what it saved
       row_loss(d_logits_KV, begin, differentiable);
       if (!differentiable) continue;
-      variable_list wanted = inputs;
-      wanted[0] = leaf_KD;
+      variable_list wanted(inputs.begin() + 1, inputs.end());
+      if (wants_hidden) wanted.push_back(leaf_KD);
       const variable_list found = torch::autograd::grad({logits}, wanted, {d_logits_KV});
       const at::NoGradGuard no_grad;
-      gradients[0].index_copy_(0, index, found[0].to(hidden.scalar_type()));
-      for (std::size_t i = 1; i < found.size(); ++i) add_to(gradients[i], found[i]);
+      if (wants_hidden) gradients[0].index_copy_(0, index, found.back().to(hidden.scalar_type()));
+      for (std::size_t i = 1; i < inputs.size(); ++i) add_to(gradients[i], found[i - 1]);
     }
   }
   return differentiable ? with_known_gradients(value(), inputs, std::move(gradients)) : value();

@@ -160,6 +160,36 @@ TEST_P(QuantizedFamily, TrainsAsADenseOneOfTheSameValues) {
       }
 }
 
+TEST_P(QuantizedFamily, EveryMemoryPolicyGivesTheSameBits) {
+  for (const at::ScalarType type : {at::kFloat, at::kBFloat16})
+    for (const BaseQuantization& quantization : {kNf4, kInt8}) {
+      SCOPED_TRACE(name_of(quantization) + " " + toString(type));
+      models::Decoder decoder = decoder_of(golden_, type);
+      quantize_blocks(decoder, quantization, type);
+      LoraConfig config;
+      config.rank = 4;
+      config.dropout = 0.25;
+      attach(decoder, config, 11);
+      for (const models::NamedLinear& named : decoder.linears())
+        if (named.linear->adapter) named.linear->adapter->b_OR.detach().copy_(uneven(named.linear->adapter->b_OR.sizes(), 3) * 0.1);
+      ASSERT_EQ(models::use_fused_blocks(decoder), "");
+      models::Input input = testing::input_of(golden_);
+      input.dropout_seed = 5;
+      std::vector<at::Tensor> stored;
+      for (const models::Keep keep : {models::Keep::kAll, models::Keep::kNoMlp, models::Keep::kInputs}) {
+        decoder.keep = keep;
+        const auto trained = trainable(decoder);
+        for (const models::NamedTensor& one : trained) one.tensor->mutable_grad().reset();
+        (at::cross_entropy_loss(decoder.logits_TV(decoder.hidden_TD(input)), golden_["targets"], {}, 0) * golden_["weights"]).sum().backward();
+        for (std::size_t i = 0; i < trained.size(); ++i) {
+          if (keep == models::Keep::kAll) stored.push_back(trained[i].tensor->grad().clone());
+          EXPECT_GT(stored[i].abs().max().item<double>(), 0) << trained[i].name;
+          EXPECT_TRUE(stored[i].equal(trained[i].tensor->grad())) << trained[i].name;
+        }
+      }
+    }
+}
+
 TEST_P(QuantizedFamily, QuantisedWeightsAreNotTrainedThemselves) {
   models::Decoder decoder = decoder_of(golden_);
   quantize_blocks(decoder, kNf4, at::kFloat);

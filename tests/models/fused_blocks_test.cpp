@@ -15,7 +15,11 @@
 #include <ATen/ops/sin.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/zeros_like.h>
+#include <ATen/record_function.h>
 #include <gtest/gtest.h>
+
+#include <atomic>
+#include <string_view>
 
 #include "models/rope.h"
 #include "tests/closeness.h"
@@ -248,6 +252,56 @@ TEST_P(FusedFamily, GradientsAreTheFiniteDifferencesOfTheFormulaInDouble) {
 
 TEST_P(FusedFamily, AdaptersWithDropoutEqualTheAtenPath) {
   compare([](Decoder& decoder) { attach(decoder, 0.25); }, packed_input(decoder_of(golden_), kOddLengths, 77), at::kFloat, 1e-5, 2e-5);
+}
+
+TEST_P(FusedFamily, EveryPolicyGivesTheSameBits) {
+  const auto gradients_of = [&](Decoder& decoder, Keep keep, std::uint64_t seed) {
+    decoder.keep = keep;
+    std::vector<at::Tensor> gradients;
+    gradients.push_back(run(decoder, packed_input(decoder, kOddLengths, seed), &gradients));
+    return gradients;
+  };
+  for (const at::ScalarType type : {at::kFloat, at::kBFloat16})
+    for (const bool trains_all : {false, true}) {
+      if (trains_all && type == at::kBFloat16) continue;  // a weight that trains is its own f32 master
+      Decoder decoder = decoder_of(golden_, type);
+      if (!trains_all) attach(decoder, 0.25);
+      for (const NamedTensor& named : decoder.tensors())
+        if (trains_all) named.tensor->requires_grad_(true);
+      ASSERT_EQ(use_fused_blocks(decoder), "");
+      const std::vector<at::Tensor> stored = gradients_of(decoder, Keep::kAll, 77);
+      for (const Keep keep : {Keep::kNoMlp, Keep::kInputs}) {
+        const std::vector<at::Tensor> again = gradients_of(decoder, keep, 77);
+        ASSERT_EQ(again.size(), stored.size());
+        for (std::size_t i = 0; i < stored.size(); ++i) EXPECT_TRUE(stored[i].defined() == again[i].defined() && (!stored[i].defined() || at::equal(stored[i], again[i]))) << toString(type) << " " << i;
+      }
+      if (!trains_all) {
+        EXPECT_FALSE(at::equal(stored.back(), gradients_of(decoder, Keep::kAll, 78).back())) << "no dropout";
+      }
+    }
+}
+
+// Products of whole matrices that the backward pass makes when the adapters of one group train: those that bring the gradient to it, and none below.
+TEST_P(FusedFamily, NothingIsMultipliedBelowWhatTrains) {
+  static std::atomic<int> products = 0;
+  for (const auto& [slots, expected] : std::vector<std::pair<std::vector<Slot>, int>>{
+           {{Slot::kDown}, 0}, {{Slot::kGate, Slot::kUp, Slot::kGateUp}, 1}, {{Slot::kOutput}, 2}, {{Slot::kQuery, Slot::kKey, Slot::kValue, Slot::kQueryKeyValue}, 3}}) {
+    Decoder decoder = decoder_of(golden_);
+    const auto last = static_cast<std::int64_t>(decoder.blocks.size()) - 1;
+    attach(decoder, 0, [&, &chosen = slots](const NamedLinear& linear) { return linear.layer == last && std::find(chosen.begin(), chosen.end(), linear.slot) != chosen.end(); });
+    ASSERT_EQ(use_fused_blocks(decoder), "");
+    const at::Tensor hidden_TD = decoder.hidden_TD(packed_input(decoder, {64}, 0));
+    products = 0;
+    const auto count = [](const at::RecordFunction& function) -> std::unique_ptr<at::ObserverContext> {
+      const std::string_view name = function.name();
+      if (name == "aten::mm" || name == "mkldnn::_linear_pointwise") ++products;
+      return nullptr;
+    };
+    const at::CallbackHandle handle = at::addGlobalCallback(at::RecordFunctionCallback(count).scopes({at::RecordScope::FUNCTION}));
+    hidden_TD.sum().backward();
+    at::removeCallback(handle);
+    EXPECT_EQ(products, expected) << "slot " << static_cast<int>(slots[0]);
+  }
 }
 
 // Both bf16 paths round some ten values a layer, at other places; neither may be further from f32 than the other.

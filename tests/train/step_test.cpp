@@ -9,8 +9,11 @@
 
 #include <cmath>
 #include <limits>
+#include <optional>
+#include <tuple>
 
 #include "lora/adapter.h"
+#include "models/fused_blocks.h"
 #include "tests/closeness.h"
 #include "tests/golden.h"
 #include "tests/support.h"
@@ -48,10 +51,19 @@ data::Batch batch_of(const std::vector<std::vector<std::int64_t>>& rows, const s
   return batch;
 }
 
-class PeftTraining : public ::testing::TestWithParam<const char*> {};
+/// The ATen operators, or the fused blocks with a memory policy.
+struct Path {
+  const char* name;
+  std::optional<models::Keep> keep;
+};
+void PrintTo(const Path& path, std::ostream* out) { *out << path.name; }
+constexpr Path kPaths[] = {{"Operators", std::nullopt}, {"Store", models::Keep::kAll}, {"Mlp", models::Keep::kNoMlp}, {"Block", models::Keep::kInputs}};
+
+class PeftTraining : public ::testing::TestWithParam<std::tuple<std::string, Path>> {};
 
 TEST_P(PeftTraining, TwentyStepsGiveTheSameLossesAndTheSameAdapter) {  // tests/oracle/peft_training_oracle.py
-  const Golden peft(std::string("peft_training_") + GetParam() + ".safetensors");
+  const auto [family, path] = GetParam();
+  const Golden peft("peft_training_" + family + ".safetensors");
   SCOPED_TRACE(peft.provenance());
   models::Decoder decoder = models::make_decoder(models::read_model_config(parse_json(peft.metadata().at("config"), "config.json"), "config.json"));
   for (const models::NamedTensor& named : decoder.tensors()) *named.tensor = peft["base." + named.name].clone();
@@ -62,6 +74,10 @@ TEST_P(PeftTraining, TwentyStepsGiveTheSameLossesAndTheSameAdapter) {  // tests/
   {
     const at::NoGradGuard no_grad;
     for (const models::NamedTensor& named : trained) named.tensor->copy_(peft["initial." + named.name]);
+  }
+  if (path.keep) {
+    ASSERT_EQ(models::use_fused_blocks(decoder), "");
+    decoder.keep = *path.keep;
   }
   const std::unique_ptr<Optimizer> optimizer = make_optimizer(trained, {.weight_decay = 0.01});
   const ScheduleConfig schedule{.shape = "cosine", .learning_rate = 5e-3, .warmup_steps = 4};
@@ -93,7 +109,8 @@ TEST_P(PeftTraining, TwentyStepsGiveTheSameLossesAndTheSameAdapter) {  // tests/
   for (const models::NamedTensor& named : trained)
     EXPECT_TRUE(is_close(*named.tensor, peft["final." + named.name], {.absolute = 1e-5})) << named.name;
 }
-INSTANTIATE_TEST_SUITE_P(Families, PeftTraining, ::testing::Values("llama", "qwen2"), [](const auto& name) { return std::string(name.param); });
+INSTANTIATE_TEST_SUITE_P(Families, PeftTraining, ::testing::Combine(::testing::Values(std::string("llama"), std::string("qwen2")), ::testing::ValuesIn(kPaths)),
+                         [](const auto& test) { return std::get<0>(test.param) + std::get<1>(test.param).name; });
 
 // A model of one matrix: logits = embedding row of the token.
 struct Toy {
