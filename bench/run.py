@@ -256,12 +256,12 @@ STEPS = [
 ]
 
 
-def train_step_case(rounds, threads, types=("f32", "bf16")):
+def train_step_case(rounds, threads, types=("f32", "bf16"), steps=STEPS):
     folder = model(threads)
     peer_name = peer_versions("peft", "transformers", "torch")
     for dtype in types:
         memory = {}
-        for name, words, peer_words in STEPS:
+        for name, words, peer_words in steps:
             if dtype == "bf16" and "full" in name:
                 continue  # trained weights are their own f32 masters here
 
@@ -295,8 +295,23 @@ def train_step_case(rounds, threads, types=("f32", "bf16")):
                           planned_tokens_per_second=statistics.median(r["value"] * r["seconds"] / r["planned_seconds"] for r in left), losses=left[0]["losses"], peer_losses=right[0]["losses"] if right else None)
             yield outcome(f"train_step_{dtype}_{name}_memory", "GB", [r["peak_memory_gb"] for r in left], compared, [r["peak_memory_gb"] for r in right],
                           estimated_gb=left[0]["estimated_memory_gb"])
-        for policy in ("", "_mlp_recomputed", "_block_recomputed"):
+        for policy in ("", "_mlp_recomputed", "_block_recomputed") if steps is STEPS else ():
             yield outcome(f"train_step_{dtype}_memory_of_a_token{policy}", "MB", [1e3 * (memory["lora_4x512" + policy] - memory["lora_1x512" + policy]) / 1536])
+
+
+# What libraries take of a processor's instructions, on both sides. Our own loops outside of products stay as wide as they are: their share is small.
+AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+
+
+def train_step_avx2_case(rounds, threads):
+    """The rows that have a peer, with products as on a processor without AVX-512."""
+    os.environ.update(AVX2)
+    try:
+        for line in train_step_case(rounds, threads, ("f32",), [step for step in STEPS if isinstance(step[2], str)]):
+            yield {**line, "case": line["case"].replace("_f32_", "_f32_avx2_"), "more": {**line["more"], "environment": AVX2}}
+    finally:
+        for name in AVX2:
+            del os.environ[name]
 
 
 def distill_step_case(rounds, threads):
@@ -400,7 +415,7 @@ def ranks_case(rounds, threads, most=2):
 CASES = {"prepare": prepare_case, "batch_stream": batch_stream_case, "teacher_cache": teacher_cache_case, "load": load_case, "train_step": train_step_case,
          "distill_step": distill_step_case, "merge": merge_case, "ranks": ranks_case}
 # Parts of a case, for whom its half an hour is too long.
-PARTS = {f"train_step_{dtype}": functools.partial(train_step_case, types=(dtype,)) for dtype in ("f32", "bf16")}
+PARTS = {f"train_step_{dtype}": functools.partial(train_step_case, types=(dtype,)) for dtype in ("f32", "bf16")} | {"train_step_f32_avx2": train_step_avx2_case}
 
 
 def cpu_info(key):
