@@ -5,7 +5,7 @@
 
 Standard library only; peers run in .deps/oracle. One line an outcome. With --json it is an object:
   case, value, unit      ours, the median over the rounds
-  peer, peer_value       whom it was compared with, in the same run; null where nobody does the same
+  peer, peer_value       whom it was compared with, in the same run, or which case of ours; null where nobody does the same
   ratio                  value / peer_value: above 1 is better for tokens/s and MB/s, below 1 for s and GB
   share_of_peak          of what the machine does in matrix products (1024 x 1024 x 1024, same type, by the faster library, just before each
                          round's run); the median over the rounds; null where it says nothing
@@ -295,7 +295,9 @@ def train_step_case(rounds, threads, types=("f32", "bf16"), steps=STEPS):
                           planned_tokens_per_second=statistics.median(r["value"] * r["seconds"] / r["planned_seconds"] for r in left), losses=left[0]["losses"], peer_losses=right[0]["losses"] if right else None)
             yield outcome(f"train_step_{dtype}_{name}_memory", "GB", [r["peak_memory_gb"] for r in left], compared, [r["peak_memory_gb"] for r in right],
                           estimated_gb=left[0]["estimated_memory_gb"])
-        for policy in ("", "_mlp_recomputed", "_block_recomputed") if steps is STEPS else ():
+        for policy in ("", "_mlp_recomputed", "_block_recomputed"):
+            if not {"lora_4x512" + policy, "lora_1x512" + policy} <= memory.keys():
+                continue
             yield outcome(f"train_step_{dtype}_memory_of_a_token{policy}", "MB", [1e3 * (memory["lora_4x512" + policy] - memory["lora_1x512" + policy]) / 1536])
 
 

@@ -19,6 +19,7 @@
 #include "models/bf16_tiles.h"
 #include "models/row_kernels.h"
 #include "tests/closeness.h"
+#include "tests/counted_products.h"
 #include "tests/golden.h"
 #include "tests/support.h"
 #include "train/run_log.h"
@@ -133,6 +134,22 @@ TEST(CrossEntropy, MemoryDoesNotGrowWithTokensTimesVocabulary) {
   const std::uint64_t before = process_memory().peak;
   cross_entropy_sum(hidden, head, at::zeros({tokens}, at::kLong), at::ones({tokens}, at::kBool), 1).backward();
   EXPECT_LT(process_memory().peak - before, 400ull << 20);
+}
+
+TEST(CrossEntropy, MakesNoGradientOfHiddenStatesThatWantNone) {
+  models::Linear head = head_of(at::randn({600, 16}));
+  head.adapter = models::Adapter{.a_RI = leaf(at::randn({4, 16})), .b_OR = leaf(at::randn({600, 4})), .magnitude_O = {}, .scale = 0.5};
+  const at::Tensor hidden_TD = at::randn({40, 16});
+  const auto gradient_and_products = [&](bool wants_hidden) {
+    const at::Tensor own_TD = hidden_TD.clone().requires_grad_(wants_hidden);
+    head.adapter->a_RI.mutable_grad().reset();
+    const int products = testing::products_of([&] { cross_entropy_sum(own_TD, head, at::zeros({40}, at::kLong), at::ones({40}, at::kBool), 1).backward(); });
+    return std::pair(head.adapter->a_RI.grad().clone(), products);
+  };
+  const auto [with, products_with] = gradient_and_products(true);
+  const auto [without, products_without] = gradient_and_products(false);
+  EXPECT_TRUE(at::equal(with, without));
+  EXPECT_EQ(products_without, products_with - 1);  // by the head's weights
 }
 
 // Each in a process of its own, as ctest runs it: a peak would hide a lower one behind it.
