@@ -5,6 +5,9 @@
 #include <ATen/ops/full.h>
 #include <gtest/gtest.h>
 
+#include <cstdio>
+#include <fstream>
+#include <string>
 #include <thread>
 
 #include "core/random.h"
@@ -47,6 +50,26 @@ TEST(TensorHeaps, TheBestFittingPlaceIsTaken) {
   large.reset();
   small.reset();
   EXPECT_EQ(bytes(32 * kMega).const_data_ptr(), place);
+}
+
+TEST(TensorHeaps, HugePagesAreAskedFor) {
+  if (std::ifstream("/sys/kernel/mm/transparent_hugepage/enabled").fail()) GTEST_SKIP() << "the kernel has no huge pages";
+  use_tensor_heaps();
+  const at::Tensor tensor = bytes(kMega);
+  const auto address = reinterpret_cast<std::uintptr_t>(tensor.const_data_ptr());
+  // Of each mapping: first-end in hexadecimal and more, then lines of "Key: value", of which VmFlags has hg where they are asked for.
+  std::ifstream mappings("/proc/self/smaps");
+  std::string line;
+  bool is_here = false;
+  while (std::getline(mappings, line)) {
+    unsigned long long first = 0, end = 0;
+    if (std::sscanf(line.c_str(), "%llx-%llx ", &first, &end) == 2) is_here = first <= address && address < end;
+    if (is_here && line.starts_with("VmFlags:")) {
+      EXPECT_NE(line.find(" hg"), std::string::npos) << line;
+      return;
+    }
+  }
+  FAIL() << "no mapping holds the tensor";
 }
 
 TEST(TensorHeaps, KeptTensorsDoNotLieAmongOthers) {
