@@ -11,7 +11,6 @@
 #include <charconv>
 #include <cmath>
 #include <iterator>
-#include <memory>
 #include <sstream>
 #include <utility>
 

@@ -2,7 +2,6 @@
 #pragma once
 // One text as two tokenizers cut it: the spans that begin and end at the same bytes in both. docs/across_tokenizers.md.
 #include <cstdint>
-#include <optional>
 #include <span>
 #include <vector>
 

@@ -2,7 +2,6 @@
 #include "distill/divergence.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <limits>
 #include <utility>

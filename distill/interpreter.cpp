@@ -5,7 +5,6 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/tensor.h>
 
-#include <algorithm>
 #include <optional>
 
 #include "core/config.h"

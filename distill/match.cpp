@@ -21,7 +21,6 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
-#include <optional>
 
 #include "core/config.h"
 #include "core/error.h"

@@ -222,8 +222,4 @@ TeacherRows Teacher::rows(const data::Batch& batch, const at::Tensor& index_K, c
   return {.head = &decoder_.head, .hidden_KD = decoder_.hidden_TD(input).index_select(0, index_K), .weights_K = weights_K};
 }
 
-bool Teacher::teaches_all() const {
-  return std::all_of(serves_.begin(), serves_.end(), [](const std::vector<bool>& store) { return std::find(store.begin(), store.end(), false) == store.end(); });
-}
-
 }  // namespace alambic::distill

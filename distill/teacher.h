@@ -60,7 +60,6 @@ class Teacher {
   /// Its weight for each document of a batch; 0: it does not teach that text.
   double weight_of(const data::Origin& origin) const { return serves_.at(origin.store).at(origin.source) ? config_.weight : 0; }
 
-  bool teaches_all() const;
   std::int64_t shared_vocabulary() const { return shared_vocabulary_; }
   std::uint64_t num_bytes() const { return num_bytes_; }  // of its own, after load()
   bool shares_the_base() const { return shares_; }

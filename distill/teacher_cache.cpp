@@ -572,7 +572,6 @@ TeacherCache::~TeacherCache() = default;
 TeacherCache::TeacherCache(TeacherCache&&) noexcept = default;
 TeacherCache& TeacherCache::operator=(TeacherCache&&) noexcept = default;
 
-const fs::path& TeacherCache::folder() const { return state_->folder; }
 const CacheHeader& TeacherCache::header() const { return state_->header; }
 const CacheTotals& TeacherCache::totals() const { return state_->totals; }
 std::uint32_t TeacherCache::num_shards() const { return static_cast<std::uint32_t>(state_->shards.size()); }

@@ -108,7 +108,6 @@ class TeacherCache {
   TeacherCache(TeacherCache&&) noexcept;
   TeacherCache& operator=(TeacherCache&&) noexcept;
 
-  const std::filesystem::path& folder() const;
   const CacheHeader& header() const;
   const CacheTotals& totals() const;
   std::uint32_t num_shards() const;

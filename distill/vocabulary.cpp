@@ -2,7 +2,6 @@
 #include "distill/vocabulary.h"
 
 #include <algorithm>
-#include <array>
 #include <unordered_map>
 
 #include "core/error.h"

@@ -2,7 +2,6 @@
 #pragma once
 // Which modules a config names, by PEFT's rules (peft 0.21.2: check_target_module_exists, get_pattern_key, _set_trainable),
 // so that an adapter means the same modules here and there. Paths are module paths: "model.layers.0.self_attn.q_proj".
-#include <memory>
 #include <regex>
 #include <string>
 #include <string_view>

@@ -2,7 +2,6 @@
 // De-quantising NF4 on a processor. The table of 16 values is multiplied by a block's scale once, and for bf16 rounded once;
 // what is left for each of the 64 elements is a look-up in a register.
 #include <algorithm>
-#include <array>
 
 #include "lora/nf4.h"
 

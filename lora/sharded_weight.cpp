@@ -2,7 +2,6 @@
 #include "lora/sharded_weight.h"
 
 #include <algorithm>
-#include <numeric>
 #include <utility>
 
 #include "core/error.h"

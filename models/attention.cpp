@@ -6,7 +6,6 @@
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <ATen/ops/zeros.h>
 
-#include <algorithm>
 #include <limits>
 
 namespace alambic::models {

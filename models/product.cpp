@@ -11,7 +11,6 @@
 
 #include <algorithm>
 #include <string_view>
-#include <type_traits>
 #include <vector>
 
 #include "models/bf16_tiles.h"

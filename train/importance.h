@@ -3,7 +3,6 @@
 // The importance matrix of a model: mean squares of what each matrix of its blocks is multiplied with, over a text.
 #include <cstdint>
 #include <filesystem>
-#include <string>
 
 #include "checkpoints/importance_matrix.h"
 #include "data/token_store.h"

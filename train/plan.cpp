@@ -4,8 +4,6 @@
 #include <unistd.h>
 
 #include <chrono>
-#include <cmath>
-#include <fstream>
 
 #include "checkpoints/hf_folder.h"
 #include "core/error.h"

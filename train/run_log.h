@@ -55,8 +55,6 @@ class RunLog {
   /// A progress line, for a person.
   void progress(std::int64_t step, double smoothed_loss, double learning_rate);
   std::uint64_t sync();  // all to disk; returns the length of metrics.jsonl
-  double seconds_per_step() const { return seconds_per_step_; }
-  double tokens_per_second() const { return tokens_per_second_; }
 
  private:
   LineFile metrics_, speed_;

@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "train/step.h"
 
-#include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
 #include <bit>
