@@ -53,8 +53,8 @@ class Nf4Weight final : public models::FrozenWeight {
   Nf4Parts parts_;
 };
 
-// The loops behind dense_into(): one a set of vector instructions, all with the same bits.
-enum class Nf4Loop { kPlain, kAvx2, kAvx512 };
+// The loops behind dense_into(), with the same bits.
+enum class Nf4Loop { kPlain, kAvx2 };
 /// Those that this processor has, the fastest last.
 std::vector<Nf4Loop> nf4_loops();
 

@@ -79,30 +79,6 @@ struct Codes32 {
   }
 }
 
-[[gnu::target("avx512f,avx512bw,avx512dq")]] inline __m512 scaled_table(float scale) {
-  return _mm512_mul_ps(_mm512_insertf32x8(_mm512_castps256_ps512(low_values()), high_values(), 1), _mm512_set1_ps(scale));
-}
-
-[[gnu::target("avx512f,avx512bw,avx512dq")]] void block_avx512(const std::uint8_t* packed, float scale, float* out) {
-  const __m512 table = scaled_table(scale);
-  for (int i = 0; i < 2; ++i) {
-    const Codes32 codes = codes_of(packed + 16 * i);
-    _mm512_storeu_ps(out + 32 * i, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(codes.first), table));
-    _mm512_storeu_ps(out + 32 * i + 16, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(codes.second), table));
-  }
-}
-
-[[gnu::target("avx512f,avx512bw,avx512dq")]] void block_avx512(const std::uint8_t* packed, float scale, std::uint16_t* out) {
-  const __m512i bits = _mm512_castps_si512(scaled_table(scale)), tie = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(tie, _mm512_set1_epi32(0x7fff))), 16);
-  const __m512i table = _mm512_castsi256_si512(_mm512_cvtepi32_epi16(rounded));  // codes reach only its first 16 words
-  for (int i = 0; i < 2; ++i) {
-    const Codes32 codes = codes_of(packed + 16 * i);
-    const __m512i all = _mm512_cvtepu8_epi16(_mm256_inserti128_si256(_mm256_castsi128_si256(codes.first), codes.second, 1));
-    _mm512_storeu_si512(out + 32 * i, _mm512_permutexvar_epi16(all, table));
-  }
-}
-
 #endif
 
 }  // namespace
@@ -111,7 +87,6 @@ std::vector<Nf4Loop> nf4_loops() {
   std::vector<Nf4Loop> loops{Nf4Loop::kPlain};
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2")) loops.push_back(Nf4Loop::kAvx2);
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")) loops.push_back(Nf4Loop::kAvx512);
 #endif
   return loops;
 }
@@ -123,8 +98,7 @@ void dequantize_nf4([[maybe_unused]] Nf4Loop loop, const std::uint8_t* packed, c
     [[maybe_unused]] const bool whole = stop - begin == kNf4Block;
     [[maybe_unused]] const std::uint8_t* const bytes = packed + block * (kNf4Block / 2);
 #if defined(__x86_64__)
-    if (whole && loop == Nf4Loop::kAvx512) block_avx512(bytes, *scales, out);
-    else if (whole && loop == Nf4Loop::kAvx2) block_avx2(bytes, *scales, out);
+    if (whole && loop == Nf4Loop::kAvx2) block_avx2(bytes, *scales, out);
     else plain(packed, *scales, begin, stop, out);
 #else
     plain(packed, *scales, begin, stop, out);
