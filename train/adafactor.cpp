@@ -98,8 +98,7 @@ void Adafactor::update(double learning_rate, std::int64_t step) {
       const double norm = at::linalg_vector_norm(one.tensor.detach()).item<double>();
       rate *= std::max(kSmallestScale, norm / std::sqrt(static_cast<double>(one.tensor.numel())));
     }
-    if (!one.tensor.is_cpu()) update_by_operators(one, moments_[i], rate, new_share);
-    else if (moments_[i].square.defined()) update_vector(one, moments_[i], rate, new_share);
+    if (!one.tensor.is_cpu() || moments_[i].square.defined()) update_by_operators(one, moments_[i], rate, new_share);
     else update_matrix(one, moments_[i], rate, new_share);
   }
 }
@@ -155,15 +154,6 @@ void Adafactor::update_matrix(const Trained& one, const Moments& moments, double
     run_vectorised<Apply>(parameter + first * columns, gradient + first * columns, count, columns, static_cast<const float*>(row_factors.data() + first),
                           static_cast<const float*>(column_factors.data()), step_size, kept);
   });
-}
-
-void Adafactor::update_vector(const Trained& one, const Moments& moments, double rate, double new_share) const {
-  const at::Tensor& gradient = one.tensor.grad();
-  moments.square.mul_(1 - new_share).add_(gradient * gradient + kAddedToSquares, new_share);
-  const at::Tensor update = moments.square.rsqrt().mul_(gradient);
-  const double norm = at::linalg_vector_norm(update).item<double>();
-  const double clipped = std::max(1.0, root_mean_square(norm * norm, update.numel()) / kClipThreshold);
-  one.tensor.detach().mul_(1 - one.weight_decay * rate).sub_(update, rate / clipped);
 }
 
 void Adafactor::update_by_operators(const Trained& one, const Moments& moments, double rate, double new_share) {

@@ -16,12 +16,11 @@ class Adafactor final : public Optimizer {
   struct Moments {
     at::Tensor row_R, column_C, square;  // f32; of a matrix the first two, else the third
   };
-  /// The update of one tensor elsewhere than in a processor's memory, where everything given is. new_share: of the new squares in the moments.
+  /// The update of a vector, and of any tensor elsewhere than in a processor's memory; everything given is where the tensor is. new_share: of the new squares in the moments.
   static void update_by_operators(const Trained& one, const Moments& moments, double rate, double new_share);
 
  private:
   void update_matrix(const Trained& one, const Moments& moments, double rate, double new_share) const;
-  void update_vector(const Trained& one, const Moments& moments, double rate, double new_share) const;
   std::vector<Moments> moments_;
   bool scale_parameter_;
 };
