@@ -4,7 +4,6 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <type_traits>
 
 #include "core/vectorised.h"
 
@@ -160,27 +159,8 @@ void tile_product_over_rows(std::int64_t m, std::int64_t n, std::int64_t k, cons
   if (column < n) strips<false>(m, k, a, lda, b + column, ldb, c + column, ldc, add, static_cast<__mmask32>((1u << (n - column)) - 1));
 }
 
-[[ALAMBIC_BF16]] void round_row(const float* from, BFloat16* to, std::int64_t columns) {
-  for (std::int64_t i = 0; i < columns; i += kLanes) {
-    const auto mask = static_cast<__mmask16>((1u << std::min(kLanes, columns - i)) - 1);
-    store(to + i, mask, load(from + i, mask));
-  }
-}
-
-namespace {
-
-// The pairs of two f32 rows by the instruction that rounds them; `lower` is nullptr where there is none.
-[[ALAMBIC_BF16]] void pair_two_rows(const float* upper, const float* lower, Bf16Pair* pairs, std::int64_t columns) {
-  const __m512i beside = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  for (std::int64_t i = 0; i < columns; i += kLanes) {
-    const auto mask = static_cast<__mmask16>((1u << std::min(kLanes, columns - i)) - 1);
-    const __m512bh both = _mm512_cvtne2ps_pbh(lower != nullptr ? load(lower + i, mask) : _mm512_setzero_ps(), load(upper + i, mask));
-    _mm512_mask_storeu_epi32(pairs + i, mask, _mm512_permutexvar_epi16(beside, reinterpret_cast<__m512i>(both)));
-  }
-}
-
 template <class T>
-ALAMBIC_VECTORISED void pair_rows_anywhere(const T* from, std::int64_t ld_from, Bf16Pair* to, std::int64_t ld_to, std::int64_t rows, std::int64_t columns) {
+ALAMBIC_VECTORISED void pair_rows(const T* from, std::int64_t ld_from, Bf16Pair* to, std::int64_t ld_to, std::int64_t rows, std::int64_t columns) {
   for (std::int64_t row = 0; row < rows; row += 2) {
     const T* const upper = from + row * ld_from;
     Bf16Pair* const pairs = to + row / 2 * ld_to;
@@ -193,19 +173,6 @@ ALAMBIC_VECTORISED void pair_rows_anywhere(const T* from, std::int64_t ld_from, 
       for (std::int64_t i = 0; i < columns; ++i) pairs[i] = bits_of(upper[i]);
     }
   }
-}
-
-}  // namespace
-
-template <class T>
-void pair_rows(const T* from, std::int64_t ld_from, Bf16Pair* to, std::int64_t ld_to, std::int64_t rows, std::int64_t columns) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (has_bf16_tiles()) {
-      for (std::int64_t row = 0; row < rows; row += 2) pair_two_rows(from + row * ld_from, row + 1 < rows ? from + (row + 1) * ld_from : nullptr, to + row / 2 * ld_to, columns);
-      return;
-    }
-  }
-  pair_rows_anywhere(from, ld_from, to, ld_to, rows, columns);
 }
 
 ALAMBIC_VECTORISED void pair_columns(const BFloat16* from, std::int64_t ld_from, Bf16Pair* to, std::int64_t ld_to, std::int64_t rows, std::int64_t columns) {

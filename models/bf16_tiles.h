@@ -27,11 +27,7 @@ void tile_product(std::int64_t m, std::int64_t n, std::int64_t k, const at::BFlo
 /// eight columns of a, which pays where those are few. Sums of a call are added to c when they are complete.
 void tile_product_over_rows(std::int64_t m, std::int64_t n, std::int64_t k, const Bf16Pair* a, std::int64_t lda, const at::BFloat16* b, std::int64_t ldb, float* c, std::int64_t ldc, bool add);
 
-/// A row rounded by the instruction: as bf16 is everywhere, but subnormal numbers become zeros.
-void round_row(const float* from, at::BFloat16* to, std::int64_t columns);
-
-/// The pairs of a matrix [rows, columns]: to [(rows + 1) / 2, columns], of rows ld_to apart. f32 is rounded as by round_row()
-/// where there is the instruction.
+/// The pairs of a matrix [rows, columns]: to [(rows + 1) / 2, columns], of rows ld_to apart. f32 is rounded to the nearest.
 template <class T>
 void pair_rows(const T* from, std::int64_t ld_from, Bf16Pair* to, std::int64_t ld_to, std::int64_t rows, std::int64_t columns);
 /// The pairs of its transpose: to [(columns + 1) / 2, rows].

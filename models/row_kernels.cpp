@@ -4,10 +4,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <type_traits>
 
 #include "core/vectorised.h"
-#include "models/bf16_tiles.h"
 
 namespace alambic::models::kernels {
 namespace {
@@ -110,12 +108,6 @@ ALAMBIC_VECTORISED void add_rows(const float* x, const Y* y, std::int64_t ldy, f
 
 template <class From, class To>
 ALAMBIC_VECTORISED void copy_rows(const From* from, std::int64_t ld_from, To* to, std::int64_t ld_to, std::int64_t rows, std::int64_t D) {
-  if constexpr (std::is_same_v<From, float> && std::is_same_v<To, BFloat16>) {
-    if (has_bf16_tiles()) {
-      for (std::int64_t t = 0; t < rows; ++t) round_row(from + t * ld_from, to + t * ld_to, D);
-      return;
-    }
-  }
   for (std::int64_t t = 0; t < rows; ++t) {
 #pragma omp simd
     for (std::int64_t i = 0; i < D; ++i) store(to + t * ld_to + i, load(from + t * ld_from + i));
@@ -225,7 +217,6 @@ template void copy_rows(const float*, std::int64_t, float*, std::int64_t, std::i
 template void copy_rows(const float*, std::int64_t, BFloat16*, std::int64_t, std::int64_t, std::int64_t);
 template void copy_rows(const BFloat16*, std::int64_t, float*, std::int64_t, std::int64_t, std::int64_t);
 template void copy_rows(const BFloat16*, std::int64_t, BFloat16*, std::int64_t, std::int64_t, std::int64_t);
-template void add_delta_rows(float*, std::int64_t, const float*, std::int64_t, std::int64_t);
 template void add_delta_rows(BFloat16*, std::int64_t, const float*, std::int64_t, std::int64_t);
 template void add_bias_rows(float*, std::int64_t, const float*, std::int64_t, std::int64_t);
 template void add_bias_rows(BFloat16*, std::int64_t, const float*, std::int64_t, std::int64_t);

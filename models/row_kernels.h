@@ -41,7 +41,7 @@ void norm_backward_rows(const X* x, std::int64_t ldx, const float* w, const floa
 /// out = x + y (rows of x and out D apart, of y ldy apart).
 template <class Y>
 void add_rows(const float* x, const Y* y, std::int64_t ldy, float* out, std::int64_t rows, std::int64_t D);
-/// f32 to bf16: as models::round_row() where the processor has its instruction.
+/// to = from, rounded to the nearest where it is narrower.
 template <class From, class To>
 void copy_rows(const From* from, std::int64_t ld_from, To* to, std::int64_t ld_to, std::int64_t rows, std::int64_t D);
 /// y += delta, y += bias.
