@@ -17,6 +17,7 @@
 #include <ATen/ops/zeros_like.h>
 #include <gtest/gtest.h>
 
+#include "core/random.h"
 #include "models/rope.h"
 #include "tests/closeness.h"
 #include "tests/counted_products.h"
@@ -94,7 +95,12 @@ at::Tensor plain_hidden_TD(Decoder& decoder, const Input& input) {
   const auto wide = [](const at::Tensor& tensor) { return tensor.detach().to(at::kDouble); };
   const auto project = [&](const Linear& linear, const at::Tensor& x) {
     at::Tensor y = at::matmul(x, wide(linear.weight_OI).t());
-    if (linear.adapter) y = y + at::matmul(at::matmul(x, wide(linear.adapter->a_RI).t()), wide(linear.adapter->b_OR).t()) * linear.adapter->scale;
+    if (linear.adapter) {
+      const Adapter& adapter = *linear.adapter;
+      // The mask is a function of seed and place alone.
+      const at::Tensor z = input.dropout_seed == 0 ? x : x * wide(with_dropout(at::ones(x.sizes(), at::kFloat), adapter.dropout, derive_seed(input.dropout_seed, "adapter", {adapter.id})));
+      y = y + at::matmul(at::matmul(z, wide(adapter.a_RI).t()), wide(adapter.b_OR).t()) * adapter.scale;
+    }
     return linear.bias_O.defined() ? y + wide(linear.bias_O) : y;
   };
   const auto norm = [&](const at::Tensor& x, const at::Tensor& weight) {
@@ -217,33 +223,40 @@ TEST_P(FusedFamily, AdaptersEqualTheAtenPath) {
 }
 
 TEST_P(FusedFamily, GradientsAreTheFiniteDifferencesOfTheFormulaInDouble) {
-  Decoder decoder = decoder_of(golden_);
-  attach(decoder, 0);
-  for (const NamedTensor& named : decoder.tensors()) named.tensor->requires_grad_(true);
-  ASSERT_EQ(use_fused_blocks(decoder), "");
-  const Input input = packed_input(decoder, {13, 1, 6}, 0);
-  std::vector<at::Tensor> gradients;
-  const at::Tensor hidden_TD = run(decoder, input, &gradients);
-  const at::NoGradGuard constant;
-  EXPECT_TRUE(is_close_to_scale(hidden_TD, plain_hidden_TD(decoder, input), 1e-5));
-  const at::Tensor weights_TD = uneven(hidden_TD.sizes().vec(), 2, 1).to(at::kDouble);
-  const auto list = trained(decoder);
-  for (std::size_t i = 0; i < list.size(); ++i) {
-    if (!gradients[i].defined()) continue;  // a head that hidden states do not meet
-    at::Tensor& tensor = *list[i].second;
-    const at::Tensor before = tensor.detach().clone(), direction = uneven(before.sizes().vec(), 3 + static_cast<double>(i), 1);
-    // The step is exact in f32, so that the formula sees just this step; the formula itself is f64.
-    const auto value = [&](double step) {
-      tensor.detach().copy_(before + direction * step);
-      const at::Tensor moved = (tensor.detach() - before).to(at::kDouble);
-      return std::pair{(plain_hidden_TD(decoder, input) * weights_TD).sum().item<double>(), moved};
-    };
-    const auto [above, up] = value(1e-3);
-    const auto [below, down] = value(-1e-3);
-    tensor.detach().copy_(before);
-    const at::Tensor wide = gradients[i].to(at::kDouble);
-    const double expected = (wide * (up - down)).sum().item<double>(), scale = wide.norm().item<double>() * (up - down).norm().item<double>();
-    EXPECT_NEAR(above - below, expected, 2e-3 * scale + 1e-9) << list[i].first;
+  for (const double dropout : {0.0, 0.25}) {
+    Decoder decoder = decoder_of(golden_);
+    attach(decoder, dropout);
+    for (const NamedTensor& named : decoder.tensors()) named.tensor->requires_grad_(true);
+    ASSERT_EQ(use_fused_blocks(decoder), "");
+    const Input input = packed_input(decoder, {13, 1, 6}, dropout > 0 ? 77 : 0);
+    std::vector<at::Tensor> gradients, again;
+    const at::Tensor hidden_TD = run(decoder, input, &gradients);
+    const auto list = trained(decoder);
+    for (const Keep keep : {Keep::kNoMlp, Keep::kInputs}) {
+      decoder.keep = keep;
+      run(decoder, input, &again);
+      for (std::size_t i = 0; i < list.size(); ++i) EXPECT_TRUE(!gradients[i].defined() || at::equal(again[i], gradients[i])) << list[i].first << " differs with memory policy " << static_cast<int>(keep);
+    }
+    const at::NoGradGuard constant;
+    EXPECT_TRUE(is_close_to_scale(hidden_TD, plain_hidden_TD(decoder, input), 1e-5));
+    const at::Tensor weights_TD = uneven(hidden_TD.sizes().vec(), 2, 1).to(at::kDouble);
+    for (std::size_t i = 0; i < list.size(); ++i) {
+      if (!gradients[i].defined()) continue;  // a head that hidden states do not meet
+      at::Tensor& tensor = *list[i].second;
+      const at::Tensor before = tensor.detach().clone(), direction = uneven(before.sizes().vec(), 3 + static_cast<double>(i), 1);
+      // The step is exact in f32, so that the formula sees just this step; the formula itself is f64.
+      const auto value = [&](double step) {
+        tensor.detach().copy_(before + direction * step);
+        const at::Tensor moved = (tensor.detach() - before).to(at::kDouble);
+        return std::pair{(plain_hidden_TD(decoder, input) * weights_TD).sum().item<double>(), moved};
+      };
+      const auto [above, up] = value(1e-3);
+      const auto [below, down] = value(-1e-3);
+      tensor.detach().copy_(before);
+      const at::Tensor wide = gradients[i].to(at::kDouble);
+      const double expected = (wide * (up - down)).sum().item<double>(), scale = wide.norm().item<double>() * (up - down).norm().item<double>();
+      EXPECT_NEAR(above - below, expected, 2e-3 * scale + 1e-9) << list[i].first << ", dropout " << dropout;
+    }
   }
 }
 

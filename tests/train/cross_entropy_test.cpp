@@ -2,6 +2,7 @@
 #include "train/cross_entropy.h"
 
 #include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/equal.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/logsumexp.h>
@@ -15,6 +16,7 @@
 #include <cmath>
 #include <limits>
 
+#include "core/random.h"
 #include "lora/stored_weight.h"
 #include "models/bf16_tiles.h"
 #include "models/row_kernels.h"
@@ -171,11 +173,44 @@ TEST_P(CrossEntropyOfAVast, MemoryIsIndependentOfAVocabularyOf262144) {
 INSTANTIATE_TEST_SUITE_P(Vocabulary, CrossEntropyOfAVast, ::testing::Values("Head", "TrainedHead", "HeadWithAnAdapter", "Bf16Head", "Bf16HeadWithAnAdapter"), [](const auto& test) { return std::string(test.param); });
 
 // The formula with label smoothing and z-loss, in f64, whose gradient autograd makes and finite differences check.
-at::Tensor plain_loss(const at::Tensor& hidden_TD, const at::Tensor& weight_VD, const at::Tensor& targets_T, const at::Tensor& keep_T, const LossConfig& loss) {
-  const at::Tensor logits_TV = at::matmul(hidden_TD, weight_VD.t()), log_sum_T = at::logsumexp(logits_TV, {1});
+at::Tensor plain_loss_of_logits(const at::Tensor& logits_TV, const at::Tensor& targets_T, const at::Tensor& keep_T, const LossConfig& loss) {
+  const at::Tensor log_sum_T = at::logsumexp(logits_TV, {1});
   const at::Tensor target_T = logits_TV.gather(1, targets_T.unsqueeze(1)).squeeze(1);
   const at::Tensor nats_T = log_sum_T - target_T * (1 - loss.label_smoothing) - logits_TV.mean(1) * loss.label_smoothing + log_sum_T.square() * loss.z_loss;
   return (nats_T * keep_T.to(at::kDouble)).sum();
+}
+at::Tensor plain_loss(const at::Tensor& hidden_TD, const at::Tensor& weight_VD, const at::Tensor& targets_T, const at::Tensor& keep_T, const LossConfig& loss) {
+  return plain_loss_of_logits(at::matmul(hidden_TD, weight_VD.t()), targets_T, keep_T, loss);
+}
+
+// The mask is a function of the step's seed, the chunk's first row and the place in the chunk; masked rows take no place.
+TEST(CrossEntropy, DropoutOfAnAdapterOnTheHeadEqualsTheFormula) {
+  const std::int64_t width = 7, vocabulary = 1030, rows = num_rows_in_chunk(vocabulary), tokens = rows + 101;  // two chunks
+  const std::uint64_t seed = 77, id = 9;
+  const double probability = 0.25, scale = 0.7;
+  const at::Tensor hidden_TD = at::randn({tokens, width}), weight_VD = at::randn({vocabulary, width}), a_RD = at::randn({3, width}), b_VR = at::randn({vocabulary, 3});
+  const at::Tensor targets_T = at::arange(tokens), keep_T = targets_T.ne(30);
+  const at::Tensor h = leaf(hidden_TD.to(at::kDouble)), a = leaf(a_RD.to(at::kDouble)), b = leaf(b_VR.to(at::kDouble));
+  const at::Tensor kept = keep_T.nonzero().squeeze(1), h_KD = h.index_select(0, kept);
+  std::vector<at::Tensor> masks;
+  for (std::int64_t begin = 0; begin < tokens - 1; begin += rows) {
+    const std::uint64_t of_chunk = derive_seed(seed, "head", {static_cast<std::uint64_t>(begin)}) | 1;
+    masks.push_back(models::with_dropout(at::ones({std::min(rows, tokens - 1 - begin), width}), probability, derive_seed(of_chunk, "adapter", {id})));
+  }
+  const at::Tensor mask_KD = at::cat(masks).to(at::kDouble), dropped_KD = h_KD * mask_KD;
+  EXPECT_NEAR(mask_KD.eq(0).to(at::kDouble).mean().item<double>(), probability, 0.05);
+  const at::Tensor logits_KV = at::matmul(h_KD, weight_VD.to(at::kDouble).t()) + at::matmul(at::matmul(dropped_KD, a.t()), b.t()) * scale;
+  const at::Tensor expected = plain_loss_of_logits(logits_KV, targets_T.index_select(0, kept), at::ones({tokens - 1}), {});
+  expected.backward();
+
+  models::Linear head = head_of(weight_VD);
+  head.adapter = models::Adapter{.a_RI = leaf(a_RD), .b_OR = leaf(b_VR), .magnitude_O = {}, .scale = scale, .dropout = probability, .id = id};
+  const at::Tensor hidden = leaf(hidden_TD), nats = cross_entropy_sum(hidden, head, targets_T, keep_T, seed);
+  nats.backward();
+  EXPECT_TRUE(is_close(nats, expected, {.relative = 2e-6}));
+  EXPECT_TRUE(is_close_to_scale(hidden.grad(), h.grad(), 5e-6));
+  EXPECT_TRUE(is_close_to_scale(head.adapter->a_RI.grad(), a.grad(), 1e-5));
+  EXPECT_TRUE(is_close_to_scale(head.adapter->b_OR.grad(), b.grad(), 1e-5));
 }
 
 TEST(CrossEntropy, EveryPathEqualsTheFormulaAndItsFiniteDifferences) {
