@@ -8,6 +8,7 @@
 //   alambic_bench teacher-cache FOLDER sampled|top_k  MB/s and tokens/s of a cache written without a teacher, and read by batches
 //   alambic_bench load MODEL f32|bf16                 seconds to weights in memory
 //   alambic_bench step MODEL f32|bf16 [KEY=VALUE...]  tokens/s of training steps; keys: see StepCase
+//   alambic_bench documents FOLDER MODEL [KEY=VALUE...]  makes a token store of eight such steps' documents, for `train` and `plan`
 //   alambic_bench collectives BYTES REPEATS           seconds of each call between ranks
 // Threads: OMP_NUM_THREADS. step and collectives run on the ranks that a launcher started (docs/ranks.md); each prints what it measured.
 #include <ATen/Parallel.h>
@@ -36,6 +37,8 @@
 #include "core/json.h"
 #include "core/random.h"
 #include "data/batch_stream.h"
+#include "data/token_store.h"
+#include "data/tokenizer.h"
 #include "distill/imitation.h"
 #include "distill/signal_rows.h"
 #include "distill/teacher.h"
@@ -344,6 +347,24 @@ data::Batch batch_of(const StepCase& wanted, std::int64_t vocabulary) {
   return batch;
 }
 
+Json make_documents(const std::filesystem::path& folder, const std::filesystem::path& model, StepCase wanted) {
+  wanted.rows *= 8;
+  const data::Tokenizer tokenizer = data::Tokenizer::from_file(model);
+  data::TokenStoreWriter writer(folder, {.tokenizer_hash = tokenizer.hash(), .vocabulary_size = tokenizer.vocabulary_size(),
+                                         .sources = {{.name = "bench", .origin = "bench/measure.cpp", .licence = "CC0-1.0", .language = "en"}}});
+  const data::Batch batch = batch_of(wanted, tokenizer.vocabulary_size());
+  const auto* token = batch.tokens_T.const_data_ptr<std::int64_t>();
+  const auto* keep = batch.keep_T.const_data_ptr<bool>();
+  for (const std::int64_t length : batch.document_lengths) {
+    data::Document document{.ids = {token, token + length}, .mask = {0}, .num_words = static_cast<std::uint64_t>(length)};
+    for (std::int64_t i = 0; i + 1 < length; ++i) document.mask.push_back(keep[i]);
+    document.num_bytes = static_cast<std::uint64_t>(4 * std::count(document.mask.begin(), document.mask.end(), 1));
+    writer.append(document);
+    token += length, keep += length;
+  }
+  return {{"value", static_cast<double>(writer.finish().tokens)}, {"unit", "tokens"}};
+}
+
 // What a cache holds of a batch: `form`'s rows of the kept tokens' distributions.
 std::vector<std::uint8_t> packed_signal(const distill::SignalForm& form, const models::Decoder& teacher, const data::Batch& batch) {
   const at::NoGradGuard constant;
@@ -472,6 +493,7 @@ Json measure(const std::vector<std::string>& words) {
   if (is("teacher-cache", 2)) return teacher_cache(words[1], words[2]);
   if (is("load", 2)) return load(words[1], type_named(words[2]));
   if (is("collectives", 2)) return collectives(std::stoll(words[1]), std::stoi(words[2]));
+  if (words.size() >= 3 && words[0] == "documents") return make_documents(words[1], words[2], step_case(std::span(words).subspan(3)));
   if (words.size() >= 3 && words[0] == "step") return step(words[1], type_named(words[2]), step_case(std::span(words).subspan(3)));
   fail(ErrorKind::kUsage, "unknown measurement or a wrong number of arguments", Remedy{"the top of bench/measure.cpp lists them"});
 }

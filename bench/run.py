@@ -46,15 +46,25 @@ class Failed(Exception):
 
 def run(command, threads):
     """(stdout, seconds) of a process; Failed with the end of what it said when it fails."""
+    printed, seconds, _ = run_measured(command, threads)
+    return printed, seconds
+
+
+def run_measured(command, threads):
+    """The same, and the process's peak memory in bytes."""
     present(pathlib.Path(command[0]), "run scripts/bench.sh, which builds and fetches what is needed")
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "RAYON_NUM_THREADS": str(threads),
                    "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    start = time.perf_counter()
-    done = subprocess.run([str(word) for word in command], cwd=ROOT, env=environment, capture_output=True, text=True)
-    seconds = time.perf_counter() - start
-    if done.returncode != 0:
-        raise Failed(f"{' '.join(map(str, command))} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    return done.stdout, seconds
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        start = time.perf_counter()
+        process = subprocess.Popen([str(word) for word in command], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err, text=True)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        printed, said = (file.seek(0) or file.read() for file in (out, err))
+    if process.returncode != 0:
+        raise Failed(f"{' '.join(map(str, command))} ended with {process.returncode}:\n{said[-2000:]}")
+    return printed, seconds, usage.ru_maxrss * 1024
 
 
 def run_at_once(command, threads, environments):
@@ -316,6 +326,43 @@ def train_step_avx2_case(rounds, threads):
             del os.environ[name]
 
 
+def plan_case(rounds, threads, types=("f32", "bf16"), steps=STEPS):
+    """What `alambic train` takes, beside what `alambic plan` says of the same config. The first step pays for the pages and is left out, as plan does with
+    the first pass of its probe."""
+    folder = model(threads)
+    work = WORK / "plan"
+    for dtype in types:
+        for name, words, _ in steps:
+            if dtype == "bf16" and "full" in name:
+                continue  # trained weights are their own f32 masters here
+            keys = dict(word.split("=") for word in words.split())
+            shape = [f"{key}={keys[key]}" for key in ("rows", "length", "documents", "labels") if key in keys]
+            documents = needed(work / "-".join(["documents", *shape]), lambda output: run([OURS, "documents", output, folder, *shape], threads))
+            output, config = work / "run", work / f"{dtype}_{name}.yaml"
+            config.write_text(json.dumps({
+                "model": str(folder), "output": str(output), "method": keys.get("method", "lora"), "quantize_base": keys.get("quantize", "none"), "compute_type": dtype,
+                "memory": keys.get("memory", "store"), "optimizer": {"kind": keys.get("optimizer", "adamw")},  # lora: rank 16, alpha 32, all linear layers by default
+                "data": {"row_length": int(keys["length"]), "rows_per_batch": int(keys["rows"]), "batches_per_step": 1, "mixture": [{"store": str(documents)}]},
+                "limits": {"max_steps": 1 + 2 * int(keys.get("steps", 2))}}))
+
+            def ours():
+                shutil.rmtree(output, ignore_errors=True)
+                _, _, peak = run_measured([ALAMBIC, "train", config], threads)
+                lines = [json.loads(line) for line in (output / "speed.jsonl").read_text(encoding="utf-8").splitlines()][1:]
+                shutil.rmtree(output)
+                return {"rate": lines[0]["tokens"] / statistics.median(line["seconds"] for line in lines), "peak": peak / 1e9, "peak_of_steps": lines[-1]["peak_memory_bytes"] / 1e9,
+                        "tokens": lines[0]["tokens"]}
+
+            def peer():
+                return json.loads(run([ALAMBIC, "plan", config, "--json"], threads)[0])
+
+            left, right = in_turns(ours, peer, rounds)
+            yield outcome(f"plan_{dtype}_{name}", "tokens/s", [r["rate"] for r in left], "alambic plan", [r["time"]["tokens_per_second"] for r in right], tokens_of_a_step=left[0]["tokens"])
+            yield outcome(f"plan_{dtype}_{name}_memory", "GB", [r["peak"] for r in left], "alambic plan", [r["memory"]["total"] / 1e9 for r in right],
+                          peak_of_steps_gb=statistics.median(r["peak_of_steps"] for r in left), probe_peak_gb=statistics.median(r["time"]["probe_peak_memory"] / 1e9 for r in right),
+                          planned_bytes=right[0]["memory"])
+
+
 def distill_step_case(rounds, threads):
     folder = model(threads, "bf16")
     peer_name = peer_versions("peft", "transformers", "torch")
@@ -415,9 +462,9 @@ def ranks_case(rounds, threads, most=2):
 
 
 CASES = {"prepare": prepare_case, "batch_stream": batch_stream_case, "teacher_cache": teacher_cache_case, "load": load_case, "train_step": train_step_case,
-         "distill_step": distill_step_case, "merge": merge_case, "ranks": ranks_case}
+         "plan": plan_case, "distill_step": distill_step_case, "merge": merge_case, "ranks": ranks_case}
 # Parts of a case, for whom its half an hour is too long.
-PARTS = {f"train_step_{dtype}": functools.partial(train_step_case, types=(dtype,)) for dtype in ("f32", "bf16")} | {"train_step_f32_avx2": train_step_avx2_case}
+PARTS = {f"train_step_{dtype}": functools.partial(train_step_case, types=(dtype,)) for dtype in ("f32", "bf16")} | {f"plan_{dtype}": functools.partial(plan_case, types=(dtype,)) for dtype in ("f32", "bf16")} | {"train_step_f32_avx2": train_step_avx2_case}
 
 
 def cpu_info(key):
