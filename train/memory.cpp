@@ -8,6 +8,7 @@
 #include "core/log.h"
 #include "models/fused_blocks.h"
 #include "models/sharded_blocks.h"
+#include "parallel/nccl.h"
 #include "train/gradient_sums.h"
 
 namespace alambic::train {
@@ -50,6 +51,10 @@ std::uint64_t available_memory() {
   for (std::uint64_t kibibytes = 0; lines >> key >> kibibytes >> unit;)
     if (key == "MemAvailable:") return kibibytes * 1024;
   return 0;
+}
+
+std::uint64_t available_to_rank(at::Device device, int local_ranks) {
+  return device.is_cuda() ? parallel::gpus().memory.at(static_cast<std::size_t>(device.index())) : available_memory() / static_cast<std::uint64_t>(local_ranks);
 }
 
 MemoryEstimate estimate_memory(models::Decoder& decoder, std::uint64_t optimizer_bytes, std::int64_t batch_tokens) {
@@ -123,7 +128,7 @@ MemoryEstimate estimate_reading_memory(models::Decoder& decoder, std::int64_t ba
   return estimate;
 }
 
-std::string prepare_blocks(models::Decoder& decoder, const TrainConfig& config, const std::string& not_fused, std::uint64_t available) {
+std::string prepare_blocks(models::Decoder& decoder, const TrainConfig& config, const std::string& not_fused, int num_ranks, std::uint64_t available) {
   const std::string reason = not_fused.empty() ? models::use_fused_blocks(decoder) : not_fused;
   if (!reason.empty()) {
     if (config.memory == "mlp" || config.memory == "block")
@@ -136,12 +141,16 @@ std::string prepare_blocks(models::Decoder& decoder, const TrainConfig& config, 
   std::uint64_t trained = 0;
   for (const models::NamedTensor& tensor : lora::trainable(decoder)) trained += tensor.tensor->nbytes();
   const std::uint64_t optimizer_bytes = 2 * trained;
+  const auto needed = [&] {
+    const MemoryEstimate estimate = estimate_memory(decoder, optimizer_bytes, config.data.row_length * config.data.rows_per_batch / config.ranks.context);
+    return static_cast<double>((decoder.shards ? estimate : shared_by(estimate, decoder, config, num_ranks)).total());
+  };
   for (const auto& [name, keep] : kPolicies) {
     decoder.keep = keep;
     if (config.memory == name) break;
     if (config.memory != "auto") continue;
     if (available == 0) break;
-    if (static_cast<double>(estimate_memory(decoder, optimizer_bytes, config.data.row_length * config.data.rows_per_batch / config.ranks.context).total()) < kShareOfAvailable * static_cast<double>(available)) break;
+    if (needed() < kShareOfAvailable * static_cast<double>(available)) break;
   }
   log_info("blocks: fused, memory: ", name_of(decoder.keep));
   return "";

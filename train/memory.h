@@ -34,10 +34,12 @@ const char* name_of(models::Keep keep);
 
 /// What the machine can still give, bytes; 0: unknown.
 std::uint64_t available_memory();
+/// The same for each of so many ranks of this machine: they share a processor's memory, and have a GPU each.
+std::uint64_t available_to_rank(at::Device device, int local_ranks);
 
 /// Takes the fused path where it can be taken, sets what is kept as config.memory says, and logs both. Returns why the fused path
 /// is not taken, "" where it is. not_fused: a reason that is known already, "" where there is none.
-/// available: bytes that this process may take, 0: unknown. `memory: auto` keeps as much as fits in them, and as little as it can where nothing fits.
-std::string prepare_blocks(models::Decoder& decoder, const TrainConfig& config, const std::string& not_fused = "", std::uint64_t available = available_memory());
+/// available: bytes that this process, of num_ranks, may take, 0: unknown. `memory: auto` keeps as much as fits in them, and as little as it can where nothing fits.
+std::string prepare_blocks(models::Decoder& decoder, const TrainConfig& config, const std::string& not_fused = "", int num_ranks = 1, std::uint64_t available = available_memory());
 
 }  // namespace alambic::train

@@ -65,13 +65,14 @@ Json plan(const TrainConfig& given, bool probe, const Recipe& recipe, int num_ra
   use_threads(config);
   const at::Device device = device_of(config, {});
   const OnDevice on_device(device, config.deterministic);
+  const std::uint64_t available = available_to_rank(device, num_ranks);  // as alambic launch starts them: all on this machine
   const Inputs inputs = open_inputs(config, recipe);
   const std::string note = note_on_output(config.output);
   models::Decoder decoder = checkpoints::load_decoder(config.model, compute_type_of(config), quantization_of(config));
   if (!device.is_cpu()) models::move_to(decoder, device);
   if (recipe.see_base) recipe.see_base(decoder);
   make_trainable(decoder, config);
-  const std::string not_fused = prepare_blocks(decoder, config, recipe.not_fused);
+  const std::string not_fused = prepare_blocks(decoder, config, recipe.not_fused, num_ranks, available);
   std::vector<models::NamedTensor> trained_tensors = lora::trainable(decoder);
   const LossSum loss_sum = recipe.loss(decoder, inputs, trained_tensors);
   const std::unique_ptr<Optimizer> optimizer = make_optimizer(trained_tensors, config.optimizer);
@@ -87,7 +88,7 @@ Json plan(const TrainConfig& given, bool probe, const Recipe& recipe, int num_ra
 
   const auto parameters = static_cast<std::uint64_t>(inputs.model.num_parameters()), trained = static_cast<std::uint64_t>(optimizer->num_parameters() - parameters_beside(*optimizer));
   const MemoryEstimate memory = shared_by(estimate_memory(decoder, static_cast<std::uint64_t>(optimizer->state_bytes()), config.data.row_length * config.data.rows_per_batch / context), decoder, config, num_ranks);
-  const std::uint64_t besides = recipe.memory ? recipe.memory() : 0, total = memory.total() + besides, available = device.is_cpu() ? available_memory() : parallel::gpus().memory.front();
+  const std::uint64_t besides = recipe.memory ? recipe.memory() : 0, total = memory.total() + besides;
   if (available > 0 && total > available)
     warnings.push_back("memory: about " + std::to_string(total >> 20) + " MiB are needed, " + std::to_string(available >> 20) +
                        " MiB are available; lower data.row_length, data.rows_per_batch or lora.rank, or set memory: block");

@@ -21,7 +21,7 @@ inline constexpr std::uint64_t kProbeSeed = 1;  // the dropout_seed that the pro
 ///   "time": {"tokens_per_second", "seconds", "measured"}: from a probe of one micro-batch where `probe`, else null;
 ///   "disk": {"checkpoint", "total", "free"} in bytes; "data": stores with hash, tokens, sources and licences;
 ///   "licence": {"verdict": "open" | "restricted" | "unknown", "reasons": [...]}; "warnings": [...].
-/// Of several ranks "memory" is what one of them takes, and "ranks" tells {"size", "micro_batches_each", "gradient_bytes", "bytes_received_a_step"}.
+/// Of several ranks, which are thought to be on this machine, "memory" is what one of them takes and has at hand, and "ranks" tells {"size", "micro_batches_each", "gradient_bytes", "bytes_received_a_step"}.
 Json plan(const TrainConfig& config, bool probe = true, int num_ranks = 1);
 /// The same of another recipe; "memory" then has "teachers", and "teachers" tells of each.
 Json plan(const TrainConfig& config, bool probe, const Recipe& recipe, int num_ranks = 1);

@@ -160,11 +160,12 @@ TrainReport run_ranks(const TrainConfig& config, bool resume, const std::functio
   if (any(ranks, finished.has_value(), "whether the run is finished")) return finished.value_or(TrainReport{.was_finished = true});
   if (is_first)
     for (const std::string& warning : inputs.warnings) log_warning(warning);
+  const std::uint64_t available = available_to_rank(device, environment.local_size);  // before the weights, which the estimate has, take their part
   models::Decoder decoder = checkpoints::load_decoder(config.model, compute_type_of(config), quantization_of(config), checkpoints::Linears::kDense, sharing_of(config, ranks));
   if (!device.is_cpu()) models::move_to(decoder, device);
   if (recipe.see_base) recipe.see_base(decoder);
   make_trainable(decoder, config);
-  prepare_blocks(decoder, config, recipe.not_fused, available_memory() / static_cast<std::uint64_t>(environment.local_size));
+  prepare_blocks(decoder, config, recipe.not_fused, ranks.size(), available);
   const auto context = static_cast<int>(config.ranks.context);
   if (context > 1) share_rows(decoder, ranks, context);
   std::vector<models::NamedTensor> trained = lora::trainable(decoder);

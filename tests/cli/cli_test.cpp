@@ -469,7 +469,10 @@ TEST_F(CommandLine, ARunFromPlanToMerge) {
   EXPECT_EQ(of_two["ranks"], (Json{{"size", 2}, {"micro_batches_each", 2}, {"gradient_bytes", of_two["ranks"]["gradient_bytes"]}, {"bytes_received_a_step", of_two["ranks"]["gradient_bytes"]}}));
   EXPECT_GT(of_two["ranks"]["gradient_bytes"], 0);
   for (const char* same : {"steps", "tokens", "tokens_per_step"}) EXPECT_EQ(of_two[same], of_one[same]) << same;
-  EXPECT_EQ(of_two["memory"], of_one["memory"]);
+  for (const auto& [key, bytes] : of_one["memory"].items())
+    if (key != "available") {
+      EXPECT_EQ(of_two["memory"][key], bytes) << key;
+    }
   EXPECT_GT(sharing["ranks"]["bytes_received_a_step"], of_two["ranks"]["bytes_received_a_step"]);
   EXPECT_NE(sharing["memory"]["weights"], of_two["memory"]["weights"]);
   const auto full_of = [&](const char* ranks, const char* batches) {
@@ -515,6 +518,18 @@ TEST_F(CommandLine, WhichBlocksRunIsInThePlanAndInTheLog) {
   };
   EXPECT_EQ(object_of(said("plan", "mlp", "memory=mlp"))["blocks"], (Json{{"path", "fused"}, {"memory", "mlp"}}));
   EXPECT_NE(said("train", "mlp", "memory=mlp").err.find("blocks: fused, memory: mlp\n"), std::string::npos);
+  // Of so many ranks on this machine none has memory for more than the least; alone, it has for all.
+  const auto planned = [&](const char* ranks) { return object_of(call({"plan", train_yaml(), "--json", "--no-probe", "-n", ranks, "--set", "data.batches_per_step=1024", "--set", "memory=auto"})); };
+  const Json alone = planned("1"), of_many = planned("1024");
+  EXPECT_EQ(alone["blocks"]["memory"], "store");
+  EXPECT_EQ(of_many["blocks"]["memory"], "block");
+  EXPECT_NEAR(of_many["memory"]["available"].get<double>() * 1024 / alone["memory"]["available"].get<double>(), 1, 0.2);
+  EXPECT_NE(to_line(of_many["warnings"]).find("MiB are needed"), std::string::npos);
+  constexpr std::pair<const char*, const char*> kOneOfMany[] = {{"RANK", "0"}, {"WORLD_SIZE", "1"}, {"LOCAL_WORLD_SIZE", "1024"}};
+  for (const auto& [name, value] : kOneOfMany) ::setenv(name, value, 1);
+  const std::string trained = said("train", "many", "memory=auto").err;
+  for (const auto& [name, value] : kOneOfMany) ::unsetenv(name);
+  EXPECT_NE(trained.find("blocks: fused, memory: block\n"), std::string::npos) << trained;
   const std::string operators = "ATen operators, as model.layers.0.self_attn.q_proj has a DoRA adapter";
   EXPECT_EQ(object_of(said("plan", "dora", "lora.dora=true"))["blocks"], (Json{{"path", operators}, {"memory", "store"}}));
   EXPECT_NE(said("train", "dora", "lora.dora=true").err.find("blocks: " + operators + "\n"), std::string::npos);
