@@ -160,7 +160,7 @@ RunState load_checkpoint(const fs::path& checkpoint) {
   state.step = require<std::int64_t>(read_manifest(checkpoint), "step", (checkpoint / kManifest).string());
   state.progress = read_json_file(checkpoint / kProgress);
   state.identity = read_json_file(checkpoint / kIdentity);
-  const SafetensorsFile tensors(checkpoint / kTensors);
+  const SafetensorsFile& tensors = state.file.emplace(checkpoint / kTensors);
   for (const auto& [name, entry] : tensors.entries()) state.tensors.emplace_back(name, tensors.tensor(name));
   return state;
 }

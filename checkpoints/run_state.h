@@ -25,6 +25,7 @@ struct RunState {
   /// Further tensors, each made when it is written, in the file's order: write_safetensors().
   std::vector<TensorToWrite> made = {};
   std::function<at::Tensor(std::size_t)> make = {};
+  std::optional<SafetensorsFile> file = {};  // of a loaded one: its tensors are views of this
 };
 
 /// Commits <run>/checkpoint-<step>. `more(folder)` writes further files (the PEFT folder) into the temporary folder.

@@ -48,7 +48,12 @@ void write_full_weights(const TrainConfig& config, const models::ModelConfig& ba
   std::vector<at::Tensor> tensors;
   for (const auto& [name, tensor] : state.tensors)
     if (name.starts_with(kWeights) && !is_beside_model(name)) names.emplace_back(name.substr(kWeights.size()), tensor.sizes().vec()), tensors.push_back(tensor);
-  checkpoints::write_weights(folder, names, at::kFloat, [&](std::size_t i) { return tensors[i]; });
+  std::string before;  // what was written goes, as what trained is still in memory
+  checkpoints::write_weights(folder, names, at::kFloat, [&](std::size_t i) {
+    if (!before.empty()) state.file->release(before);
+    before = std::string(kWeights) + names[i].first;
+    return tensors[i];
+  });
   checkpoints::copy_companions(config.model, folder);
   checkpoints::describe_weights(folder, at::kFloat, base.tied_head && names.size() == models::expected_shapes(base).size());
 }

@@ -2,8 +2,10 @@
 // Every way to train, through a whole run: it learns, resumes to the same bits, is merged, and the merged folder read again
 // computes what the run's own result computes.
 #include <ATen/ops/equal.h>
+#include <ATen/ops/full.h>
 #include <gtest/gtest.h>
 
+#include <fstream>
 #include <functional>
 
 #include "checkpoints/base_weights.h"
@@ -14,11 +16,13 @@
 #include "checkpoints/safetensors.h"
 #include "core/files.h"
 #include "core/log.h"
+#include "models/allocation.h"
 #include "models/fused_blocks.h"
 #include "tests/support.h"
 #include "tests/train/tiny_run.h"
 #include "train/evaluate.h"
 #include "train/finetune.h"
+#include "train/run_log.h"
 
 namespace alambic::train {
 namespace {
@@ -184,6 +188,35 @@ TEST(FullFineTune, IsPublishedInTheTypeOfTheBaseByRoundingTheMastersOnce) {
     }
     EXPECT_EQ(compared, published.names().size());
   }
+}
+
+// A process of its own, as ctest runs it: a peak would hide a lower one behind it.
+TEST(FullFineTune, TakesNoMoreMemoryAtItsEndThanInItsSteps) {
+  const SilentLog silent;
+  use_tensor_heaps();  // as the program: they keep what the steps have freed
+  const ScratchFolder folder;
+  TrainConfig config = tiny_config(folder.path(), "run");
+  Json model = read_json_file(config.model / "config.json");
+  model["num_hidden_layers"] = 16, model["intermediate_size"] = 1 << 14;  // many tensors, of which none is much of the whole
+  config.model = folder / "base";
+  fs::create_directories(config.model);
+  write_file(config.model / "config.json", model.dump());
+  std::uint64_t bytes = 0;
+  const auto shapes = models::expected_shapes(models::read_model_config(config.model));
+  checkpoints::write_weights(config.model, shapes, at::kFloat, [&](std::size_t i) {
+    const at::Tensor made = at::full(shapes[i].second, 0.01, at::kFloat);
+    bytes += made.nbytes();
+    return made;
+  });
+  config.method = "full";
+  config.evaluation = {};
+  config.limits.max_steps = 2;
+  finetune(config, false, [] { return false; });
+  std::ifstream lines(config.output / "speed.jsonl");
+  std::uint64_t of_steps = 0;
+  for (std::string line; std::getline(lines, line);) of_steps = Json::parse(line)["peak_memory_bytes"].get<std::uint64_t>();
+  ASSERT_GT(of_steps, 4 * bytes);
+  EXPECT_LT(process_memory().peak - of_steps, bytes / 2);
 }
 
 TEST(TrainedWeights, ABaseThatIsNotFiniteIsRefusedBeforeAnythingIsComputed) {
