@@ -210,6 +210,9 @@ Match::Match(const MatchConfig& config, const models::ModelConfig& student, cons
     fail(ErrorKind::kUsage, "distill.match.projection: none, but the student is ", student.hidden_size, " wide and the teacher ", teacher_name, " ", teacher.hidden_size, Remedy{"use projection: shared or layer"});
   if (config.attention == 0) return;
   for (const std::string& relation : config.relations) {
+    if (relation == "qk" && (student.attention_soft_cap > 0 || teacher.attention_soft_cap > 0))
+      fail(ErrorKind::kUsage, "distill.match.relations: qk is not implemented for attention with soft-capped scores, which the ", student.attention_soft_cap > 0 ? "student" : "teacher " + teacher_name, " has",
+           Remedy{"use relations: [qq, kk, vv]"});
     const std::int64_t ours = heads_of(relation, student), theirs = heads_of(relation, teacher);
     const char* const what = relation == "kk" ? "keys" : relation == "vv" ? "values" : "queries";
     if (relation == "qk" || config.relation_heads == 0) {

@@ -11,6 +11,10 @@
 
 namespace alambic::models {
 
+/// softmax(soft_cap * tanh(scale q k^T / soft_cap) + mask) v by operators, as at::scaled_dot_product_attention knows no cap. q_NHQS, k_NHLS and v_NHLS of one type,
+/// mask (which may be undefined) additive; scores and softmax are f32, and the weights are rounded to the type for their product with v.
+at::Tensor soft_capped_attention(const at::Tensor& q_NHQS, const at::Tensor& k_NHLS, const at::Tensor& v_NHLS, const at::Tensor& mask, double scale, double soft_cap);
+
 /// How the tokens of one forward pass are cut for attention; made once and used by every layer. Neighbouring documents of
 /// equal length go through one call. Masks are made when a layer first needs them, and only for documents longer than the
 /// window: everywhere else causality says all.
@@ -19,8 +23,8 @@ class Documents {
   explicit Documents(const std::vector<std::int64_t>& lengths);
 
   /// q_THS, k_TKS, v_TKS of one type -> [T, H S]. Token i sees the tokens j <= i of its document with i - j < window
-  /// (window 0: all of them). Scores are scale * q k^T, their softmax is f32.
-  at::Tensor attend(const at::Tensor& q_THS, const at::Tensor& k_TKS, const at::Tensor& v_TKS, double scale, std::int64_t window);
+  /// (window 0: all of them). Scores are s = scale * q k^T, or soft_cap * tanh(s / soft_cap) where that is not 0; their softmax is f32.
+  at::Tensor attend(const at::Tensor& q_THS, const at::Tensor& k_TKS, const at::Tensor& v_TKS, double scale, std::int64_t window, double soft_cap = 0);
 
  private:
   struct Group {

@@ -37,8 +37,9 @@ const std::vector<Refused>& refused_switches() {
   return kSwitches;
 }
 
-void check_switches(ConfigReader& reader) {
+void check_switches(ConfigReader& reader, const Family& family) {
   for (const Refused& refused : refused_switches()) {
+    if (family.soft_caps && std::string_view(refused.key).ends_with("_logit_softcapping")) continue;
     const Json& value = reader[refused.key];
     const bool harmless = value.is_null() || std::find(refused.harmless.begin(), refused.harmless.end(), value) != refused.harmless.end();
     if (!harmless) reader.problem(refused.key, " = ", shown(value), " is not implemented");
@@ -114,7 +115,7 @@ void read_layers(ConfigReader& reader, ModelConfig& config) {
   const SlidingLayers rule = config.family->sliding_layers;
   const std::int64_t from = rule == SlidingLayers::kFromLayer ? reader.integer("max_window_layers", 0, kLongest) : 0;
   const std::int64_t pattern =
-      rule == SlidingLayers::kPattern && !reader.is_null("sliding_window_pattern") ? reader.integer("sliding_window_pattern", 1, kLongest) : 6;
+      rule == SlidingLayers::kPattern && !reader.is_null("sliding_window_pattern") ? reader.integer("sliding_window_pattern", 1, kLongest) : config.family->sliding_pattern;
 
   const Json& types = reader["layer_types"];
   if (!types.is_null() && (!types.is_array() || types.size() != config.layers.size())) {
@@ -184,7 +185,7 @@ ModelConfig read_model_config(const Json& json, std::string_view source) {
     if (!names.is_array() || std::find(names.begin(), names.end(), Json(wanted)) == names.end())
       reader.problem("architectures = ", shown(names), " does not hold ", wanted);
   }
-  check_switches(reader);
+  check_switches(reader, *config.family);
   read_sizes(reader, config);
   config.norm_epsilon = reader.number("rms_norm_eps", 0, 1);
   config.tied_head = reader.boolean("tie_word_embeddings");
@@ -195,6 +196,9 @@ ModelConfig read_model_config(const Json& json, std::string_view source) {
   config.gelu_tanh = read_is_gelu_tanh(reader);
   const double scaled_by = reader.knows("query_pre_attn_scalar") ? reader.number("query_pre_attn_scalar", 1e-6) : static_cast<double>(config.head_size);
   config.attention_scale = 1 / std::sqrt(scaled_by);
+  const auto soft_cap = [&](const char* key) { return config.family->soft_caps && !reader.is_null(key) ? reader.number(key, 1e-6) : 0; };
+  config.attention_soft_cap = soft_cap("attn_logit_softcapping");
+  config.logit_soft_cap = soft_cap("final_logit_softcapping");
   read_token_ids(reader, config);
   for (const char* key : {"attention_dropout", "resid_pdrop", "embd_pdrop"}) {
     if (!reader.knows(key) || reader.is_null(key)) continue;

@@ -4,7 +4,7 @@
 //
 // What a key means, and what stands in for an absent one, is as in transformers 5.23. Keys that change nothing here pass
 // through in `source`. A key that would change the result in a way that is not implemented (another activation, soft
-// capping, quantised weights, ...) is an error. Dropout inside the base model (attention_dropout, resid_pdrop, embd_pdrop)
+// capping in a family that has none, quantised weights, ...) is an error. Dropout inside the base model (attention_dropout, resid_pdrop, embd_pdrop)
 // is read but never applied, in training neither; a value above 0 is said on the log.
 #include <cstdint>
 #include <filesystem>
@@ -40,6 +40,7 @@ struct ModelConfig {
   std::int64_t num_heads = 0, num_kv_heads = 0, head_size = 0, max_positions = 0;
   double norm_epsilon = 1e-6;
   double attention_scale = 0;                  // q k^T times this
+  double attention_soft_cap = 0, logit_soft_cap = 0;  // scores, and the head's logits, become cap * tanh(x / cap); 0: none
   bool gelu_tanh = false;                      // gate activation: GELU (tanh form) instead of SiLU
   bool qkv_bias = false, output_bias = false, mlp_bias = false;
   bool tied_head = false;

@@ -114,8 +114,8 @@ at::Tensor attention(const ModelConfig& config, const Block& block, std::size_t 
     k_TKS = rotate(k_TKS, table);
   }
 
-  const at::Tensor y_TQ = pass.cached ? pass.cached->attend(layer, q_THS, k_TKS, v_TKS, pass.documents, config.attention_scale, kind.window)
-                                      : pass.documents.attend(q_THS, k_TKS, v_TKS, config.attention_scale, kind.window);
+  const at::Tensor y_TQ = pass.cached ? pass.cached->attend(layer, q_THS, k_TKS, v_TKS, pass.documents, config.attention_scale, kind.window, config.attention_soft_cap)
+                                      : pass.documents.attend(q_THS, k_TKS, v_TKS, config.attention_scale, kind.window, config.attention_soft_cap);
   pass.show(Place::kHeads, layer, y_TQ);
   return block.linears.at(Slot::kOutput)(y_TQ, pass.input.dropout_seed);
 }
@@ -153,6 +153,7 @@ Decoder make_decoder(const ModelConfig& config) {
   Decoder decoder;
   decoder.config = config;
   decoder.head_tied = config.tied_head;
+  decoder.head.soft_cap = config.logit_soft_cap;
   for (std::int64_t layer = 0; layer < config.num_layers; ++layer) {
     Block& block = decoder.blocks.emplace_back();
     for (const Slot slot : kBlockLinears)

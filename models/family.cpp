@@ -13,7 +13,7 @@ bool Family::has(Slot slot) const {
 }
 
 std::vector<const Family*> all_families() {
-  return {&kGemma3Text, &kLlama, &kMistral, &kPhi3, &kQwen2, &kQwen3, &kSmolLm3};
+  return {&kGemma2, &kGemma3Text, &kLlama, &kMistral, &kPhi3, &kQwen2, &kQwen3, &kSmolLm3};
 }
 
 const Family& find_family(std::string_view model_type) {

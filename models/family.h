@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 // What distinguishes one decoder family from another, as data. Sizes come from the model's config.json.
+#include <cstdint>
 #include <span>
 #include <string>
 #include <string_view>
@@ -24,7 +25,7 @@ struct WeightName {
 enum class SlidingLayers {
   kAll,          // every layer, as soon as the config names a window
   kFromLayer,    // those from "max_window_layers" on
-  kPattern,      // all but each "sliding_window_pattern"-th
+  kPattern,      // all but each "sliding_window_pattern"-th, or Family::sliding_pattern-th
   kWithoutRope,  // those that "no_rope_layers" leaves without positions
 };
 
@@ -39,9 +40,11 @@ struct Family {
   double local_rope_theta = 0;      // not 0: layers with a sliding window rotate with a base of their own
   bool partial_longrope = false;    // heads may be rotated in part, and every RoPE scaling is LongRoPE ("su", "yarn": older names)
   SlidingLayers sliding_layers = SlidingLayers::kAll;
+  std::int64_t sliding_pattern = 6;  // kPattern's, where config.json names none
   bool qkv_bias = false;            // always; otherwise "attention_bias" decides for q, k, v and the output
   double norm_weight_offset = 0;    // 1 where the published norm weight w means (1 + w)
   bool scale_embedding = false;     // embeddings times sqrt(hidden size), rounded to the embedding's type first
+  bool soft_caps = false;           // "attn_logit_softcapping" and "final_logit_softcapping" are obeyed; elsewhere they must be null
   std::span<const WeightName> names;  // in the order of the forward pass; the slots named here are the parts the decoder has
 
   bool has(Slot slot) const;

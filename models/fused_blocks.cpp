@@ -428,6 +428,7 @@ class TypedTape final : public Tape {
   AttentionShape attention_shape(std::size_t layer) const {
     AttentionShape shape = shape_;
     shape.window = config_.layers[layer].window;
+    shape.soft_cap = config_.attention_soft_cap;
     return shape;
   }
 

@@ -41,19 +41,42 @@ ALAMBIC_VECTORISED void finish_row(float* d, const float* acc, float factor, con
   }
 }
 
+// Logits become capped ones, and slopes, unless nullptr, what the cap multiplies their gradients by.
+ALAMBIC_VECTORISED void cap_logits(float* logits, float* slopes, std::int64_t count, float cap) {
+  const float twice = 2.0f / cap;
+  if (slopes == nullptr) {
+#pragma omp simd
+    for (std::int64_t i = 0; i < count; ++i) logits[i] = cap * (1.0f - 2.0f / (1.0f + kernels::fast_exp(twice * logits[i])));
+  } else {
+#pragma omp simd
+    for (std::int64_t i = 0; i < count; ++i) {
+      const float share = 1.0f - 2.0f / (1.0f + kernels::fast_exp(twice * logits[i]));  // tanh
+      logits[i] = cap * share;
+      slopes[i] = 1.0f - share * share;
+    }
+  }
+}
+
+ALAMBIC_VECTORISED void multiply(float* x, const float* factors, std::int64_t count) {
+#pragma omp simd
+  for (std::int64_t i = 0; i < count; ++i) x[i] *= factors[i];
+}
+
 /// What is added up of a row, and what it becomes.
 struct RowLoss {
   double smoothing, z_loss;
   const float* all_rows;  // the sum of the head's rows; nullptr without smoothing
   std::int64_t D, V;
+  double soft_cap;
 
   /// The nats of a row whose running softmax has come to its highest logit m and sum l, and, unless d is nullptr, its gradient; acc: the head's rows by
-  /// exp(logit - m), added up.
+  /// exp(logit - m), and by the slopes of capped logits, added up.
   double finish(const float* h, const float* target_row, double m, double l, const float* acc, float* d) const {
+    const double target = dot(h, target_row, D), share = soft_cap > 0 ? std::tanh(target / soft_cap) : 0, slope = 1 - share * share;
     const double log_sum = m + std::log(l), plain = all_rows != nullptr ? dot(h, all_rows, D) : 0;
     if (d != nullptr)
-      finish_row(d, acc, static_cast<float>((1 + 2 * z_loss * log_sum) / l), target_row, static_cast<float>(1 - smoothing), all_rows, static_cast<float>(smoothing / static_cast<double>(V)), D);
-    return log_sum - (1 - smoothing) * dot(h, target_row, D) - (smoothing > 0 ? smoothing * plain / static_cast<double>(V) : 0) + z_loss * log_sum * log_sum;
+      finish_row(d, acc, static_cast<float>((1 + 2 * z_loss * log_sum) / l), target_row, static_cast<float>((1 - smoothing) * slope), all_rows, static_cast<float>(smoothing / static_cast<double>(V)), D);
+    return log_sum - (1 - smoothing) * (soft_cap > 0 ? soft_cap * share : target) - (smoothing > 0 ? smoothing * plain / static_cast<double>(V) : 0) + z_loss * log_sum * log_sum;
   }
 };
 
@@ -64,19 +87,20 @@ const float* data_or_null(const at::Tensor& tensor) { return tensor.defined() ? 
 }  // namespace
 
 void tiled_cross_entropy(const at::Tensor& hidden_KD, const at::Tensor& weight_VD, const std::int64_t* targets, double smoothing, double z_loss, double* nats,
-                         at::Tensor& d_hidden_KD) {
+                         at::Tensor& d_hidden_KD, double soft_cap) {
   const std::int64_t K = hidden_KD.size(0), D = hidden_KD.size(1), V = weight_VD.size(0), blocks = (K + kRows - 1) / kRows;
   const bool is_wide = weight_VD.scalar_type() == at::kFloat;
   const std::int64_t most_together = is_wide ? 1 : kTogether;
   const float *const hidden = hidden_KD.const_data_ptr<float>(), *const weight = is_wide ? weight_VD.const_data_ptr<float>() : nullptr;
   float* const d_hidden = d_hidden_KD.defined() ? d_hidden_KD.mutable_data_ptr<float>() : nullptr;
   const at::Tensor all_rows_D = sum_of_rows(weight_VD, smoothing);
-  const RowLoss loss{.smoothing = smoothing, .z_loss = z_loss, .all_rows = data_or_null(all_rows_D), .D = D, .V = V};
+  const RowLoss loss{.smoothing = smoothing, .z_loss = z_loss, .all_rows = data_or_null(all_rows_D), .D = D, .V = V, .soft_cap = soft_cap};
   at::parallel_for(0, blocks, 1, [&](std::int64_t begin, std::int64_t end) {
     const std::int64_t together = std::min(most_together, end - begin);
     const auto per_block = static_cast<std::size_t>(D * kRows);
     std::vector<float> turned(static_cast<std::size_t>(together) * per_block), logits(static_cast<std::size_t>(kVocabulary * kRows)), by_row(d_hidden != nullptr ? logits.size() : 0),
         acc(d_hidden != nullptr ? turned.size() : 0), m(static_cast<std::size_t>(together * kRows)), l(m.size()), factor(kRows);
+    std::vector<float> slopes(soft_cap > 0 ? by_row.size() : 0);
     const at::Tensor wide_VD = is_wide ? at::Tensor() : at::empty({kVocabulary, D}, at::kFloat);
     // Rows [v0, v0 + count) of the head in f32; where they must be widened, until the next call.
     const auto rows_of_head = [&](std::int64_t v0, std::int64_t count) {
@@ -98,8 +122,10 @@ void tiled_cross_entropy(const at::Tensor& hidden_KD, const at::Tensor& weight_V
           const std::int64_t rows = std::min(kRows, K - first - b * kRows);
           float* const acc_of_block = acc.data() + b * kRows * D;
           tile_product(count, kRows, D, tile, D, turned.data() + b * kRows * D, kRows, logits.data(), kRows, false);
+          if (soft_cap > 0) cap_logits(logits.data(), slopes.empty() ? nullptr : slopes.data(), count * kRows, static_cast<float>(soft_cap));
           const bool shrinks = tiles::softmax_tile(logits.data(), count, kRows, m.data() + b * kRows, l.data() + b * kRows, factor.data());
           if (d_hidden == nullptr) continue;
+          if (soft_cap > 0) multiply(logits.data(), slopes.data(), count * kRows);
           if (shrinks && v0 > 0)
             for (std::int64_t i = 0; i < rows; ++i)
               if (factor[static_cast<std::size_t>(i)] != 1.0f) tiles::scale(acc_of_block + i * D, D, factor[static_cast<std::size_t>(i)]);
@@ -117,18 +143,18 @@ void tiled_cross_entropy(const at::Tensor& hidden_KD, const at::Tensor& weight_V
 }
 
 void tiled_cross_entropy_bf16(const at::Tensor& hidden_KD, const at::Tensor& weight_VD, const std::int64_t* targets, double smoothing, double z_loss, double* nats,
-                              at::Tensor& d_hidden_KD) {
+                              at::Tensor& d_hidden_KD, double soft_cap) {
   constexpr std::int64_t kTile = kVocabularyBf16;
   const std::int64_t K = hidden_KD.size(0), D = hidden_KD.size(1), V = weight_VD.size(0), blocks = (K + kRows - 1) / kRows, pairs = (D + 1) / 2;
   const at::BFloat16 *const hidden = hidden_KD.const_data_ptr<at::BFloat16>(), *const weight = weight_VD.const_data_ptr<at::BFloat16>();
   float* const d_hidden = d_hidden_KD.defined() ? d_hidden_KD.mutable_data_ptr<float>() : nullptr;
   const at::Tensor all_rows_D = sum_of_rows(weight_VD, smoothing);
-  const RowLoss loss{.smoothing = smoothing, .z_loss = z_loss, .all_rows = data_or_null(all_rows_D), .D = D, .V = V};
+  const RowLoss loss{.smoothing = smoothing, .z_loss = z_loss, .all_rows = data_or_null(all_rows_D), .D = D, .V = V, .soft_cap = soft_cap};
   at::parallel_for(0, blocks, 1, [&](std::int64_t begin, std::int64_t end) {
     const std::int64_t together = std::min(kTogether, end - begin);
     std::vector<Bf16Pair> turned(static_cast<std::size_t>(together * pairs * kRows)), weights(d_hidden != nullptr ? static_cast<std::size_t>(kTile / 2 * kRows) : 0);
     std::vector<float> logits(static_cast<std::size_t>(kTile * kRows)), acc(d_hidden != nullptr ? static_cast<std::size_t>(together * kRows * D) : 0), m(static_cast<std::size_t>(together * kRows)),
-        l(m.size()), factor(kRows), h(static_cast<std::size_t>(D)), target_row(h.size());
+        l(m.size()), factor(kRows), h(static_cast<std::size_t>(D)), target_row(h.size()), slopes(soft_cap > 0 && d_hidden != nullptr ? logits.size() : 0);
     for (std::int64_t first_block = begin; first_block < end; first_block += together) {
       const std::int64_t num_blocks = std::min(together, end - first_block), first = first_block * kRows;
       std::fill(turned.begin(), turned.end(), 0);  // rows behind the last: logits of 0, never read
@@ -143,8 +169,10 @@ void tiled_cross_entropy_bf16(const at::Tensor& hidden_KD, const at::Tensor& wei
           const std::int64_t rows = std::min(kRows, K - first - b * kRows);
           float* const acc_of_block = acc.data() + b * kRows * D;
           tile_product(count, kRows, D, tile, D, turned.data() + b * pairs * kRows, kRows, logits.data(), kRows, false);
+          if (soft_cap > 0) cap_logits(logits.data(), slopes.empty() ? nullptr : slopes.data(), count * kRows, static_cast<float>(soft_cap));
           const bool shrinks = tiles::softmax_tile(logits.data(), count, kRows, m.data() + b * kRows, l.data() + b * kRows, factor.data());
           if (d_hidden == nullptr) continue;
+          if (soft_cap > 0) multiply(logits.data(), slopes.data(), count * kRows);
           if (shrinks && v0 > 0)
             for (std::int64_t i = 0; i < rows; ++i)
               if (factor[static_cast<std::size_t>(i)] != 1.0f) tiles::scale(acc_of_block + i * D, D, factor[static_cast<std::size_t>(i)]);

@@ -60,9 +60,10 @@ CachedPass::CachedPass(KeyValueCache& cache, const std::vector<std::int64_t>& ro
   places_N_ = at::tensor(places, at::kLong).to(rows_N_.device());
 }
 
-at::Tensor CachedPass::attend(std::size_t layer, const at::Tensor& q_THS, const at::Tensor& k_TKS, const at::Tensor& v_TKS, Documents& documents, double scale, std::int64_t window) {
+at::Tensor CachedPass::attend(std::size_t layer, const at::Tensor& q_THS, const at::Tensor& k_TKS, const at::Tensor& v_TKS, Documents& documents, double scale, std::int64_t window,
+                              double soft_cap) {
   at::Tensor &keys_BKCS = cache_.keys_BKCS[layer], &values_BKCS = cache_.values_BKCS[layer];
-  if (!first_) return attend_to_one_more(keys_BKCS, values_BKCS, q_THS, k_TKS, v_TKS, scale, window);
+  if (!first_) return attend_to_one_more(keys_BKCS, values_BKCS, q_THS, k_TKS, v_TKS, scale, window, soft_cap);
   std::int64_t first = 0;
   for (std::size_t i = 0; i < rows_.size(); ++i) {
     const auto keep = [&](at::Tensor& cache_BKCS, const at::Tensor& x_TKS) {
@@ -71,12 +72,12 @@ at::Tensor CachedPass::attend(std::size_t layer, const at::Tensor& q_THS, const 
     keep(keys_BKCS, k_TKS), keep(values_BKCS, v_TKS);
     first += new_lengths_[i];
   }
-  return documents.attend(q_THS, k_TKS, v_TKS, scale, window);
+  return documents.attend(q_THS, k_TKS, v_TKS, scale, window, soft_cap);
 }
 
 // The query heads of one key head stand where other tokens would: no repeated keys. Documents of one length need no mask.
 at::Tensor CachedPass::attend_to_one_more(at::Tensor& keys_BKCS, at::Tensor& values_BKCS, const at::Tensor& q_NHS, const at::Tensor& k_NKS, const at::Tensor& v_NKS, double scale,
-                                          std::int64_t window) {
+                                          std::int64_t window, double soft_cap) {
   const std::int64_t N = q_NHS.size(0), K = k_NKS.size(1), S = q_NHS.size(2);
   const std::int64_t begin = alike_ && window > 0 ? std::max<std::int64_t>(0, longest_ - window) : 0;
   const at::Tensor place = places_N_.view({N, 1, 1, 1}).expand({N, K, 1, S});
@@ -98,6 +99,7 @@ at::Tensor CachedPass::attend_to_one_more(at::Tensor& keys_BKCS, at::Tensor& val
     mask = made;
   }
   const at::Tensor k_NKLS = with(keys_BKCS, k_NKS), v_NKLS = with(values_BKCS, v_NKS);
+  if (soft_cap > 0) return soft_capped_attention(q_NHS.reshape({N, K, -1, S}), k_NKLS, v_NKLS, mask.value_or(at::Tensor()), scale, soft_cap).reshape({N, -1});
   return at::scaled_dot_product_attention(q_NHS.reshape({N, K, -1, S}), k_NKLS, v_NKLS, mask, 0, false, scale).reshape({N, -1});
 }
 

@@ -34,7 +34,7 @@ class CachedPass {
   /// rows_N: which of the cache's documents, rising; new_lengths_N: how many tokens of each.
   CachedPass(KeyValueCache& cache, const std::vector<std::int64_t>& rows_N, const std::vector<std::int64_t>& new_lengths_N);
   /// Keeps the layer's keys and values and lets the queries see all that their document has: [T, H S], as Documents::attend.
-  at::Tensor attend(std::size_t layer, const at::Tensor& q_THS, const at::Tensor& k_TKS, const at::Tensor& v_TKS, Documents& documents, double scale, std::int64_t window);
+  at::Tensor attend(std::size_t layer, const at::Tensor& q_THS, const at::Tensor& k_TKS, const at::Tensor& v_TKS, Documents& documents, double scale, std::int64_t window, double soft_cap = 0);
   /// After the last layer.
   void finish();
 
@@ -46,7 +46,8 @@ class CachedPass {
   bool first_ = false, alike_ = false;
   std::map<std::int64_t, at::Tensor> masks_;  // window -> additive [N, 1, 1, longest]
 
-  at::Tensor attend_to_one_more(at::Tensor& keys_BKCS, at::Tensor& values_BKCS, const at::Tensor& q_NHS, const at::Tensor& k_NKS, const at::Tensor& v_NKS, double scale, std::int64_t window);
+  at::Tensor attend_to_one_more(at::Tensor& keys_BKCS, at::Tensor& values_BKCS, const at::Tensor& q_NHS, const at::Tensor& k_NKS, const at::Tensor& v_NKS, double scale, std::int64_t window,
+                                double soft_cap);
 };
 
 }  // namespace alambic::models

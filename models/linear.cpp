@@ -8,6 +8,7 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/norm.h>
 #include <ATen/ops/sum.h>
+#include <ATen/ops/tanh.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
@@ -240,7 +241,24 @@ at::Tensor Linear::dense_OI(at::ScalarType type) const {
   return made_OI;
 }
 
+at::Tensor soft_cap_in_place(at::Tensor& y_TO, double cap, bool wants_slope) {
+  at::Tensor share_TO = y_TO.scalar_type() == at::kFloat ? y_TO : y_TO.to(at::kFloat);  // of the cap
+  share_TO.div_(cap).tanh_();
+  const at::Tensor slope_TO = wants_slope ? share_TO.square().neg_().add_(1).to(y_TO.scalar_type()) : at::Tensor();
+  share_TO.mul_(cap);
+  if (!share_TO.is_same(y_TO)) y_TO.copy_(share_TO);
+  return slope_TO;
+}
+
 at::Tensor Linear::operator()(const at::Tensor& x_TI, std::uint64_t dropout_seed) const {
+  at::Tensor y_TO = uncapped(x_TI, dropout_seed);
+  if (soft_cap == 0) return y_TO;
+  if (y_TO.requires_grad()) return (at::tanh(y_TO.to(at::kFloat) / soft_cap) * soft_cap).to(y_TO.scalar_type());
+  soft_cap_in_place(y_TO, soft_cap, /*wants_slope=*/false);
+  return y_TO;
+}
+
+at::Tensor Linear::uncapped(const at::Tensor& x_TI, std::uint64_t dropout_seed) const {
   if (input_squares_I.defined()) at::Tensor(input_squares_I).add_(x_TI.detach().to(at::kFloat).square().sum(0, false, at::kDouble));
   const Maybe bias = if_defined(bias_O), weight = quantized ? Maybe() : Maybe(weight_OI);
   if (token_rows_ND.defined()) {

@@ -45,8 +45,11 @@ struct Linear {
   /// Where defined, f64 [I]: each pass without the fused blocks adds the square of its input, column by column (train/importance.h).
   at::Tensor input_squares_I = {};
 
+  double soft_cap = 0;  // of a head whose logits are soft-capped: the result becomes cap * tanh(result / cap); 0: none
+
   /// x_TI in f32 or the compute type; the result has the compute type. dropout_seed: 0 = evaluating, no dropout.
   at::Tensor operator()(const at::Tensor& x_TI, std::uint64_t dropout_seed) const;
+  at::Tensor uncapped(const at::Tensor& x_TI, std::uint64_t dropout_seed) const;  // the same before soft_cap
 
   std::int64_t outputs() const;
   std::int64_t inputs() const;
@@ -55,6 +58,9 @@ struct Linear {
   /// W in f32 or bf16: weight_OI itself where it has that type, else a tensor of its own.
   at::Tensor dense_OI(at::ScalarType type) const;
 };
+
+/// Soft-caps y, in place, in f32. The slope at each y, (1 - tanh^2), in y's type, where it is wanted; else undefined.
+at::Tensor soft_cap_in_place(at::Tensor& y_TO, double cap, bool wants_slope);
 
 /// A quantised W in f32 or bf16, in this thread's buffer: it holds until the thread asks for the next one. The buffer is as
 /// large as the largest that was asked for, and stays.

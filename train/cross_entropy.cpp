@@ -64,10 +64,11 @@ void for_rows(at::Tensor& logits_KV, const at::Tensor& targets_K, double* nats, 
 // W as the tiles read it: as the run holds it, or in the 16 bits of its file. Undefined: it is kept in another way.
 at::Tensor weight_for_tiles(const models::Linear& head) { return head.quantized ? head.quantized->stored_OI() : head.weight_OI; }
 
-// Whether the tiled path computes this head: it makes no gradient of the head itself.
-bool takes_tiles(const models::Linear& head) {
+// Whether the tiled path computes this loss: it makes no gradient of the head itself, nor what smoothing does behind a soft cap.
+bool takes_tiles(const models::Linear& head, const LossConfig& loss) {
   const at::Tensor weight_VD = weight_for_tiles(head);
   if (!head.device().is_cpu() || !weight_VD.defined() || weight_VD.requires_grad() || head.adapter || head.bias_O.defined() || head.token_rows_ND.defined()) return false;
+  if (head.soft_cap > 0 && loss.label_smoothing > 0) return false;
   if (head.compute_type() == at::kFloat) return true;
   return head.compute_type() == at::kBFloat16 && weight_VD.scalar_type() == at::kBFloat16 && models::has_bf16_tiles() && !models::has_bf16_matrix_unit();
 }
@@ -81,7 +82,7 @@ std::vector<double> tiled_nats(const at::Tensor& hidden_TD, const models::Linear
   at::Tensor d_KD = d_hidden_TD.defined() ? at::empty(h_KD.sizes(), at::kFloat) : at::Tensor();
   std::vector<double> nats(static_cast<std::size_t>(h_KD.size(0)));
   const auto tiled = type == at::kFloat ? models::tiled_cross_entropy : models::tiled_cross_entropy_bf16;
-  tiled(h_KD, weight_for_tiles(head).detach(), targets_K.const_data_ptr<std::int64_t>(), loss.label_smoothing, loss.z_loss, nats.data(), d_KD);
+  tiled(h_KD, weight_for_tiles(head).detach(), targets_K.const_data_ptr<std::int64_t>(), loss.label_smoothing, loss.z_loss, nats.data(), d_KD, head.soft_cap);
   if (d_KD.defined() && all) d_hidden_TD = d_KD.to(hidden_TD.scalar_type());
   else if (d_KD.defined()) d_hidden_TD.index_copy_(0, kept.index_K, d_KD.to(hidden_TD.scalar_type()));
   return nats;
@@ -117,8 +118,10 @@ std::int64_t num_rows_in_chunk(std::int64_t vocabulary_size) { return std::clamp
 std::uint64_t head_bytes(const models::Linear& head, std::int64_t rows) {
   // By operators, the loss makes two of f32 besides.
   const std::int64_t vocabulary = head.outputs(), copies = (head.adapter || head.token_rows_ND.defined() ? 2 : 1) + (head.device().is_cpu() ? 0 : head.compute_type() == at::kFloat ? 1 : 4);
-  if (takes_tiles(head)) return models::tiled_cross_entropy_bytes(weight_for_tiles(head), head.compute_type(), at::get_num_threads());
-  return static_cast<std::uint64_t>(copies * std::min(num_rows_in_chunk(vocabulary), rows) * vocabulary) * c10::elementSize(head.compute_type());
+  // A chunk of capped logits has their slopes besides; smoothing, which is not known here, would take it in place of tiles.
+  const std::int64_t capped = head.soft_cap == 0 ? 0 : head.compute_type() == at::kFloat ? 1 : 5;
+  if (takes_tiles(head, {}) && capped == 0) return models::tiled_cross_entropy_bytes(weight_for_tiles(head), head.compute_type(), at::get_num_threads());
+  return static_cast<std::uint64_t>((copies + capped) * std::min(num_rows_in_chunk(vocabulary), rows) * vocabulary) * c10::elementSize(head.compute_type());
 }
 
 namespace {
@@ -132,7 +135,7 @@ at::Tensor through_head(const at::Tensor& hidden_TD, const models::Linear& head,
 at::Tensor cross_entropy_sum(const at::Tensor& hidden_TD, const models::Linear& head, const at::Tensor& targets_T,
                              const at::Tensor& keep_T, std::uint64_t dropout_seed, const LossConfig& loss) {
   const Rows kept = kept_rows(hidden_TD, head, targets_T, keep_T);
-  if (takes_tiles(head) && kept.index_K.numel() > 0) {
+  if (takes_tiles(head, loss) && kept.index_K.numel() > 0) {
     const bool differentiable = at::GradMode::is_enabled() && hidden_TD.requires_grad();
     at::Tensor d_hidden_TD = differentiable ? at::zeros_like(hidden_TD.detach()) : at::Tensor();
     const std::vector<double> nats = tiled_nats(hidden_TD, head, kept, loss, d_hidden_TD);
@@ -211,10 +214,12 @@ at::Tensor through_head(const at::Tensor& hidden_TD, const models::Linear& head,
       // Rows of zeros to a round number: oneDNN keeps memory as large as the head for each shape that it has seen.
       const std::int64_t rounded = std::min(rows, (count + kRowRound - 1) / kRowRound * kRowRound);
       const at::Tensor rounded_KD = rounded == count ? h_KD : at::cat({h_KD, at::zeros({rounded - count, h_KD.size(1)}, h_KD.options())});
-      const at::Tensor all_KV = head.quantized ? head(rounded_KD, 0) : models::product(rounded_KD, head.weight_OI.detach().t());
-      at::Tensor logits_KV = all_KV.narrow(0, 0, count);
+      const at::Tensor all_KV = head.quantized ? head.uncapped(rounded_KD, 0) : models::product(rounded_KD, head.weight_OI.detach().t());
+      at::Tensor logits_KV = all_KV.narrow(0, 0, count), slope_KV;
+      if (head.soft_cap > 0) slope_KV = models::soft_cap_in_place(logits_KV, head.soft_cap, differentiable);
       row_loss(logits_KV, begin, differentiable);
       if (!differentiable) continue;
+      if (slope_KV.defined()) logits_KV.mul_(slope_KV);
       const at::Tensor weight_VD = head.quantized ? models::dense_in_buffer(*head.quantized, head.compute_type()) : head.weight_OI.detach();
       if (wants_hidden) gradients[0].index_copy_(0, index, models::product(all_KV, weight_VD).narrow(0, 0, count).to(hidden.scalar_type()));
       if (inputs.size() > 1) add_gradient_of_head(gradients[1], all_KV, rounded_KD);
@@ -242,7 +247,7 @@ at::Tensor cross_entropy_of_kept(const at::Tensor& hidden_TD, const models::Line
   const at::NoGradGuard no_grad;
   const Rows kept = kept_rows(hidden_TD, head, targets_T, keep_T);
   at::Tensor nats_K = at::empty({kept.index_K.numel()}, at::kDouble);
-  if (takes_tiles(head) && kept.index_K.numel() > 0) {
+  if (takes_tiles(head, {}) && kept.index_K.numel() > 0) {
     at::Tensor no_gradient;
     const std::vector<double> nats = tiled_nats(hidden_TD, head, kept, {}, no_gradient);
     std::copy(nats.begin(), nats.end(), nats_K.mutable_data_ptr<double>());

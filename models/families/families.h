@@ -29,6 +29,12 @@ inline constexpr WeightName kTwoNorms[] = {
     {Slot::kAttentionNorm, "model.layers.{L}.input_layernorm"},
     {Slot::kMlpNorm, "model.layers.{L}.post_attention_layernorm"},
 };
+inline constexpr WeightName kFourNorms[] = {
+    {Slot::kAttentionNorm, "model.layers.{L}.input_layernorm"},
+    {Slot::kAfterAttentionNorm, "model.layers.{L}.post_attention_layernorm"},
+    {Slot::kMlpNorm, "model.layers.{L}.pre_feedforward_layernorm"},
+    {Slot::kAfterMlpNorm, "model.layers.{L}.post_feedforward_layernorm"},
+};
 inline constexpr WeightName kHeadNorms[] = {
     {Slot::kQueryNorm, "model.layers.{L}.self_attn.q_norm"},
     {Slot::kKeyNorm, "model.layers.{L}.self_attn.k_norm"},
@@ -44,6 +50,6 @@ inline constexpr WeightName kProjections[] = {
 };
 inline constexpr auto kCommonNames = join(kEnds, kTwoNorms, kProjections);  // llama's, which most families took over
 
-extern const Family kGemma3Text, kLlama, kMistral, kPhi3, kQwen2, kQwen3, kSmolLm3;
+extern const Family kGemma2, kGemma3Text, kLlama, kMistral, kPhi3, kQwen2, kQwen3, kSmolLm3;
 
 }  // namespace alambic::models

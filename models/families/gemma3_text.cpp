@@ -3,12 +3,6 @@
 
 namespace alambic::models {
 
-constexpr WeightName kFourNorms[] = {
-    {Slot::kAttentionNorm, "model.layers.{L}.input_layernorm"},
-    {Slot::kAfterAttentionNorm, "model.layers.{L}.post_attention_layernorm"},
-    {Slot::kMlpNorm, "model.layers.{L}.pre_feedforward_layernorm"},
-    {Slot::kAfterMlpNorm, "model.layers.{L}.post_feedforward_layernorm"},
-};
 constexpr auto kNames = join(kEnds, kFourNorms, kProjections, kHeadNorms);
 constinit const Family kGemma3Text{
     .model_type = "gemma3_text",

@@ -13,6 +13,7 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/rand.h>
 #include <ATen/ops/randn.h>
+#include <ATen/ops/tanh.h>
 #include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
 
@@ -282,7 +283,9 @@ TEST(Match, StatesAreWhatTheAttentionIsMadeOf) {
           const at::Tensor distance = at::arange(length).unsqueeze(1) - at::arange(length);
           at::Tensor seen = distance >= 0;
           if (model.layers[layer].window > 0) seen = seen & (distance < model.layers[layer].window);
-          const at::Tensor scores = (at::matmul(by_head(one.q_THS), by_head(one.k_THS).transpose(1, 2)) * model.attention_scale).masked_fill(~seen, -std::numeric_limits<double>::infinity());
+          at::Tensor scores = at::matmul(by_head(one.q_THS), by_head(one.k_THS).transpose(1, 2)) * model.attention_scale;
+          if (model.attention_soft_cap > 0) scores = at::tanh(scores / model.attention_soft_cap) * model.attention_soft_cap;
+          scores.masked_fill_(~seen, -std::numeric_limits<double>::infinity());
           const at::Tensor expected = at::matmul(at::log_softmax(scores, 2).exp(), by_head(v_THS)).transpose(0, 1).flatten(1);
           EXPECT_TRUE(is_close_to_scale(heads_TQ.at(layer).narrow(0, first, length), expected, 2e-5)) << "layer " << layer << ", document at " << first;
           first += length;

@@ -265,7 +265,7 @@ TEST(Fuzz, AdapterConfig) {
 
 TEST(Fuzz, ModelConfig) {
   std::vector<std::string> samples;
-  for (const char* family : {"llama", "gemma3_text", "mistral", "phi3", "qwen2", "qwen3", "smollm3"})
+  for (const char* family : {"llama", "gemma2", "gemma3_text", "mistral", "phi3", "qwen2", "qwen3", "smollm3"})
     samples.push_back(testing::Golden(std::string("families/") + family + ".safetensors").metadata().at("config"));
   fuzz({.samples = samples,
         .words = with(kJsonWords, {"\"yarn\"", "\"llama3\"", "\"longrope\"", "\"linear\"", "\"dynamic\"", "\"rope_scaling\":", "\"rope_parameters\":", "\"factor\":", "\"layer_types\":", "\"sliding_attention\"",

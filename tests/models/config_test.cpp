@@ -108,8 +108,28 @@ TEST(ModelConfig, RefusesAbsurdSizes) {
   EXPECT_TRUE(refused(changed({{"eos_token_id", "</s>"}}), "eos_token_id must be a token id"));
 }
 
+TEST(ModelConfig, SoftCapsAreGemma2sAlone) {
+  const ModelConfig config = read_model_config(config_of("gemma2"), "config.json");
+  EXPECT_EQ(config.attention_soft_cap, 1.5);
+  EXPECT_EQ(config.logit_soft_cap, 4);
+  Json absent = config_of("gemma2");
+  absent.erase("attn_logit_softcapping"), absent.erase("final_logit_softcapping"), absent.erase("layer_types");
+  const ModelConfig published = read_model_config(absent, "config.json");
+  EXPECT_EQ(published.attention_soft_cap, 50);
+  EXPECT_EQ(published.logit_soft_cap, 30);
+  EXPECT_EQ(published.layers[0].window, 4);  // every second layer sees everything
+  EXPECT_EQ(published.layers[1].window, 0);
+  const ModelConfig none = read_model_config(changed({{"attn_logit_softcapping", nullptr}, {"final_logit_softcapping", nullptr}}, "gemma2"), "config.json");
+  EXPECT_EQ(none.attention_soft_cap, 0);
+  EXPECT_EQ(none.logit_soft_cap, 0);
+  EXPECT_TRUE(refused(changed({{"attn_logit_softcapping", 0}}, "gemma2"), "attn_logit_softcapping must be a number of at least"));
+  EXPECT_TRUE(refused(changed({{"final_logit_softcapping", "30"}}, "gemma2"), "final_logit_softcapping must be a number of at least"));
+  EXPECT_TRUE(refused(changed({{"logits_soft_cap", 30.0}}, "gemma2"), "logits_soft_cap = 30.0 is not implemented"));
+  for (const char* family : {"gemma3_text", "llama"}) EXPECT_EQ(read_model_config(changed({{"attn_logit_softcapping", nullptr}, {"final_logit_softcapping", nullptr}}, family), "config.json").logit_soft_cap, 0);
+}
+
 TEST(ModelConfig, RefusesWhatItDoesNotKnow) {
-  EXPECT_TRUE(refused(changed({{"model_type", "mamba"}}), "config.json: model_type \"mamba\" is not one of the families implemented here: gemma3_text, llama"));
+  EXPECT_TRUE(refused(changed({{"model_type", "mamba"}}), "config.json: model_type \"mamba\" is not one of the families implemented here: gemma2, gemma3_text, llama"));
   EXPECT_TRUE(refused(changed({{"architectures", {"LlamaForSequenceClassification"}}}), "does not hold LlamaForCausalLM"));
   EXPECT_TRUE(refused(changed({{"rope_parameters", {{"rope_type", "dynamic"}, {"factor", 2}}}}), "rope_type dynamic is not implemented"));
   EXPECT_TRUE(refused(changed({{"rope_parameters", {{"mrope_section", {1, 2}}}}}), "RoPE parameter mrope_section = [1,2] is not implemented"));
@@ -118,7 +138,7 @@ TEST(ModelConfig, RefusesWhatItDoesNotKnow) {
   EXPECT_TRUE(refused(changed({{"rope_parameters", "fast"}}), "rope_parameters must be an object"));
   EXPECT_TRUE(refused(changed({{"partial_rotary_factor", 0.5}}), "partial_rotary_factor = 0.5 is not implemented for this family"));
   for (const std::string key : {"final_logit_softcapping", "attn_logit_softcapping", "logits_soft_cap"})
-    EXPECT_TRUE(refused(changed({{key, 30.0}}, "gemma3_text"), key + " = 30.0 is not implemented"));
+    for (const char* family : {"gemma3_text", "llama"}) EXPECT_TRUE(refused(changed({{key, 30.0}}, family), key + " = 30.0 is not implemented"));
   EXPECT_TRUE(refused(changed({{"use_bidirectional_attention", true}}, "gemma3_text"), "use_bidirectional_attention = true is not implemented"));
   EXPECT_TRUE(refused(changed({{"layer_types", {"full_attention", "linear_attention", "full_attention"}}}, "qwen2"), "layer_types[1] = \"linear_attention\""));
   EXPECT_TRUE(refused(changed({{"layer_types", {"full_attention"}}}, "qwen2"), "layer_types must list all 3 layers"));

@@ -14,6 +14,7 @@
 #include <ATen/ops/silu.h>
 #include <ATen/ops/sin.h>
 #include <ATen/ops/softmax.h>
+#include <ATen/ops/tanh.h>
 #include <ATen/ops/zeros_like.h>
 #include <gtest/gtest.h>
 
@@ -142,7 +143,8 @@ at::Tensor plain_hidden_TD(Decoder& decoder, const Input& input) {
       for (std::int64_t head = 0; head < config.num_heads; ++head) {
         const auto part = [&](const at::Tensor& x, std::int64_t number) { return x.select(1, number).narrow(0, first, length); };
         const std::int64_t shared = head / (config.num_heads / config.num_kv_heads);
-        const at::Tensor scores = at::matmul(part(q, head), part(k, shared).t()) * config.attention_scale;
+        at::Tensor scores = at::matmul(part(q, head), part(k, shared).t()) * config.attention_scale;
+        if (config.attention_soft_cap > 0) scores = at::tanh(scores / config.attention_soft_cap) * config.attention_soft_cap;
         heads.push_back(at::matmul(at::softmax(scores.masked_fill(unseen, -INFINITY), 1), part(v, shared)));
       }
       documents.push_back(at::cat(heads, 1));

@@ -12,7 +12,7 @@
 namespace alambic::testing {
 
 inline const std::vector<std::string>& family_goldens() {
-  static const std::vector<std::string> kNames = {"gemma3_text", "llama", "llama_tied", "mistral", "phi3", "qwen2", "qwen3", "smollm3"};
+  static const std::vector<std::string> kNames = {"gemma2", "gemma3_text", "llama", "llama_tied", "mistral", "phi3", "qwen2", "qwen3", "smollm3"};
   return kNames;
 }
 

@@ -43,6 +43,9 @@ GOLDENS = {
                         layer_types=["sliding_attention", "sliding_attention", "full_attention"], intermediate_size=24,
                         rope_parameters={"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
                                          "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}),
+    # Caps about as large as what they cap.
+    "gemma2": case("Gemma2", head_dim=12, sliding_window=4, query_pre_attn_scalar=10, intermediate_size=24,
+                   attn_logit_softcapping=1.5, final_logit_softcapping=4.0),
     "smollm3": case("SmolLM3", num_hidden_layers=4, hidden_size=24, intermediate_size=24, tie_word_embeddings=True),
     # The first document is longer than the 8 tokens of pre-training, the second is not.
     "phi3": case("Phi3", rope_parameters=LONGROPE, original_max_position_embeddings=8, max_position_embeddings=64),
@@ -58,6 +61,7 @@ MORE = {
     "mistral_full": case("Mistral", sliding_window=None),
     "phi3_plain": case("Phi3", sliding_window=6, tie_word_embeddings=True),
     "gemma3_pattern": case("Gemma3Text", num_hidden_layers=7, head_dim=8, sliding_window=3),
+    "gemma2_uncapped": case("Gemma2", head_dim=8, sliding_window=3, attn_logit_softcapping=None, final_logit_softcapping=None),
     "qwen3_bias": case("Qwen3", head_dim=8, attention_bias=True, layer_types=["sliding_attention", "full_attention"],
                        use_sliding_window=True, sliding_window=3),
     "smollm3_listed": case("SmolLM3", no_rope_layers=[0, 1], mlp_bias=True, attention_bias=True, use_sliding_window=True, sliding_window=5),
@@ -73,7 +77,7 @@ def build(class_name, settings):
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:  # large enough that attention is far from uniform and errors show
                 parameter.normal_(std=1.5 / parameter.shape[1] ** 0.5)
-            elif name.endswith("norm.weight") and class_name != "Gemma3Text":
+            elif name.endswith("norm.weight") and not class_name.startswith("Gemma"):
                 parameter.normal_(mean=1.0, std=0.3)
             else:
                 parameter.normal_(std=0.3)

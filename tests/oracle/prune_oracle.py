@@ -28,7 +28,7 @@ KEPT = ["The quick brown fox jumps over the lazy dog; a package manager resolves
 # hidden, intermediate, query heads, key-value heads, layers that stay.
 SIZES = {
     "llama": (24, 16, 2, 2, 1), "llama_tied": (24, 32, 2, 1, 1), "mistral": (16, 24, 1, 1, 2), "qwen2": (24, 16, 2, 2, 2), "qwen3": (24, 24, 2, 1, 1),
-    "gemma3_text": (24, 16, 2, 2, 2), "smollm3": (16, 16, 2, 1, 3), "smollm3_listed": (24, 16, 2, 2, 1), "phi3": (16, 24, 2, 2, 1),
+    "gemma2": (24, 16, 2, 2, 1), "gemma3_text": (24, 16, 2, 2, 2), "smollm3": (16, 16, 2, 1, 3), "smollm3_listed": (24, 16, 2, 2, 1), "phi3": (16, 24, 2, 2, 1),
 }
 
 
@@ -128,7 +128,7 @@ def cut(model, sequences, sizes):
         value = value[first]
         if value.dim() == 2:
             value = value[:, {"o_proj": lambda: rows(kept_heads), "down_proj": lambda: kept}.get(kind, lambda: channels)()]
-        if c.model_type == "gemma3_text":  # multiplies embeddings by sqrt(hidden size); the student's are as large as they were
+        if c.model_type in ("gemma2", "gemma3_text"):  # multiplies embeddings by sqrt(hidden size); the student's are as large as they were
             lost = (c.hidden_size / hidden) ** 0.5
             if kind in ("embed_tokens", "lm_head"):
                 value = value * lost

@@ -9,6 +9,8 @@
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/randn.h>
+#include <ATen/ops/tanh.h>
+#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <gtest/gtest.h>
@@ -304,6 +306,62 @@ TEST(CrossEntropy, ByOperatorsRowsAreThoseOfTheProcessorsLoop) {
     const at::Tensor nats_of_narrow_K = cross_entropy_rows_by_operators(narrow, targets_K, loss, true);
     EXPECT_TRUE(nats_of_narrow_K.equal(cross_entropy_rows_by_operators(wide, targets_K, loss, true)));
     EXPECT_TRUE(narrow.equal(wide.to(at::kBFloat16)));
+  }
+}
+
+// Every way through a head whose logits are soft-capped: tiles, chunks (smoothing, a head that trains), the head as it is stored, and the Linear's own backward.
+TEST(CrossEntropy, OfASoftCappedHeadEqualsTheFormula) {
+  const double cap = 3;  // logits reach four times as far
+  const std::int64_t tokens = 400, width = 16, vocabulary = 1030;
+  const at::Tensor stored_VD = at::randn({vocabulary, width}).to(at::kBFloat16), hidden_TD = at::randn({tokens, width}), targets_T = at::arange(tokens) * 2, keep_T = targets_T.ne(30);
+  const at::Tensor bias_V = at::randn({vocabulary}), a_RI = at::randn({2, width}), b_OR = at::randn({vocabulary, 2}) * 0.3;
+  for (const LossConfig& loss : {LossConfig{}, LossConfig{.z_loss = 1e-2}, LossConfig{.label_smoothing = 0.2, .z_loss = 1e-3}})
+    for (const std::string kind : {"frozen", "trained", "stored", "bias", "adapter", "rows"}) {
+      SCOPED_TRACE(kind + ", smoothing " + std::to_string(loss.label_smoothing) + ", z " + std::to_string(loss.z_loss));
+      models::Linear head = head_of(kind == "trained" ? leaf(stored_VD.to(at::kFloat)) : stored_VD.to(at::kFloat), kind == "bias" ? leaf(bias_V) : at::Tensor());
+      head.soft_cap = cap;
+      if (kind.starts_with("stored")) lora::keep_as_stored(head, stored_VD);
+      if (kind == "adapter") head.adapter = models::Adapter{.a_RI = leaf(a_RI), .b_OR = leaf(b_OR), .magnitude_O = {}, .scale = 0.5};
+      if (kind == "rows") head.token_row_ids = {3, 900}, head.token_rows_ND = leaf(at::ones({2, width}));
+      const at::Tensor hidden = leaf(hidden_TD), nats = cross_entropy_sum(hidden, head, targets_T, keep_T, 1, loss);
+      (nats * 2).backward();
+
+      const at::Tensor h = leaf(hidden_TD.to(at::kDouble)), w = leaf(stored_VD.to(at::kDouble)), bias = leaf(bias_V.to(at::kDouble)), a = leaf(a_RI.to(at::kDouble)), b = leaf(b_OR.to(at::kDouble)), rows = leaf(at::ones({2, width}, at::kDouble));
+      at::Tensor logits_TV = at::matmul(h, w.t());
+      if (kind == "bias") logits_TV = logits_TV + bias;
+      if (kind == "adapter") logits_TV = logits_TV + at::matmul(at::matmul(h, a.t()), b.t()) * 0.5;
+      if (kind == "rows") logits_TV = logits_TV.index_copy(1, at::tensor({3, 900}, at::kLong), at::matmul(h, rows.t()));
+      logits_TV = at::tanh(logits_TV / cap) * cap;
+      const at::Tensor expected = plain_loss_of_logits(logits_TV, targets_T, keep_T, loss);
+      (expected * 2).backward();
+      EXPECT_TRUE(is_close(nats, expected, {.relative = 2e-6}));
+      EXPECT_TRUE(is_close_to_scale(hidden.grad(), h.grad(), 1e-5));
+      const auto compare = [&](const at::Tensor& tensor, const at::Tensor& wide) {
+        EXPECT_TRUE(!tensor.defined() || !tensor.requires_grad() || is_close_to_scale(tensor.grad(), wide.grad(), 1e-5));
+      };
+      compare(head.weight_OI, w), compare(head.bias_O, bias), compare(head.token_rows_ND, rows);
+      if (head.adapter) compare(head.adapter->a_RI, a), compare(head.adapter->b_OR, b);
+      if (loss.label_smoothing > 0 || loss.z_loss > 0) continue;
+      EXPECT_TRUE(is_close(cross_entropy_of_kept(hidden_TD, head, targets_T, keep_T).sum(at::kDouble), expected, {.relative = 2e-6}));
+      EXPECT_TRUE(is_close_to_scale(head(hidden_TD, 0), logits_TV, 2e-6));
+    }
+}
+
+TEST(CrossEntropy, OfASoftCappedBf16HeadEqualsTheFormula) {
+  const double cap = 3;
+  const std::int64_t tokens = 301, width = 37, vocabulary = 1031;
+  const at::Tensor hidden_TD = at::randn({tokens, width}).to(at::kBFloat16), weight_VD = at::randn({vocabulary, width}).to(at::kBFloat16), targets_T = at::arange(tokens), keep_T = targets_T.ne(30);
+  models::Linear head = head_of(weight_VD);
+  head.soft_cap = cap;
+  for (const LossConfig& loss : {LossConfig{}, LossConfig{.z_loss = 1e-2}, LossConfig{.label_smoothing = 0.2}}) {
+    const at::Tensor h = leaf(hidden_TD.to(at::kDouble)), hidden = leaf(hidden_TD);
+    const at::Tensor expected = plain_loss_of_logits(at::tanh(at::matmul(h, weight_VD.to(at::kDouble).t()) / cap) * cap, targets_T, keep_T, loss);
+    expected.backward();
+    const at::Tensor nats = cross_entropy_sum(hidden, head, targets_T, keep_T, 1, loss);
+    nats.backward();
+    const bool tiled = models::has_bf16_tiles() && !models::has_bf16_matrix_unit() && loss.label_smoothing == 0;
+    EXPECT_TRUE(is_close(nats, expected, {.relative = tiled ? 2e-6 : 1e-3}));
+    EXPECT_TRUE(is_close_to_scale(hidden.grad(), h.grad(), tiled ? 6e-3 : 5e-2));
   }
 }
 
