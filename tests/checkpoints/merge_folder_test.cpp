@@ -34,7 +34,7 @@ using testing::ScratchFolder;
 
 const char* const kFolders[] = {"llama_tied.lora", "llama_tied.patterns", "llama_tied.dora", "llama_tied.save_embedding", "llama_tied.save_head",
                                 "llama_tied.save_both", "llama_tied.save_tied", "llama_tied.head", "llama_untied.save_both", "llama_untied.exclude",
-                                "qwen2.dora_rslora", "phi3.lora", "phi3.dora", "gemma3.lora"};
+                                "qwen2.dora_rslora", "phi3.lora", "phi3.dora", "gemma3.lora", "gemma2.lora"};
 
 at::Tensor logits_of(const models::Decoder& decoder) {
   const Golden golden("peft/logits.safetensors");

@@ -30,7 +30,7 @@ using testing::ScratchFolder;
 // Folders made by PEFT: tests/oracle/peft_adapter_oracle.py.
 const char* const kFolders[] = {"llama_tied.lora", "llama_tied.patterns", "llama_tied.dora", "llama_tied.save_embedding", "llama_tied.save_head",
                                 "llama_tied.save_both", "llama_tied.save_tied", "llama_tied.head", "llama_untied.save_both", "llama_untied.exclude",
-                                "qwen2.dora_rslora", "phi3.lora", "phi3.dora", "gemma3.lora"};
+                                "qwen2.dora_rslora", "phi3.lora", "phi3.dora", "gemma3.lora", "gemma2.lora"};
 
 std::string model_of(const std::string& folder) { return folder.substr(0, folder.find('.')); }
 

@@ -98,7 +98,7 @@ TEST_P(OnRanks, HaveTheBitsOfTheWholeFolder) {
 TEST_P(OnRanks, HaveTheBitsOfPublishedFolders) {  // tiny ones: fused projections, an own head, and those that bitsandbytes quantised
   testing::expect_all_fine(testing::run_ranks(GetParam(), testing::kPatient, [](Communicator& ranks) {
     std::string wrong;
-    for (const char* name : {"peft/phi3", "peft/llama_untied", "peft/gemma3", "bitsandbytes/nf4", "bitsandbytes/int8"})
+    for (const char* name : {"peft/phi3", "peft/llama_untied", "peft/gemma2", "peft/gemma3", "bitsandbytes/nf4", "bitsandbytes/int8"})
       for (const at::ScalarType type : {at::kFloat, at::kBFloat16})
         if (const std::string found = difference(testing::golden_path(name), type, {}, ranks); !found.empty()) wrong += std::string(name) + ": " + found;
     return wrong;

@@ -337,6 +337,7 @@ const Method kMethods[] = {
     {"Full", [](TrainConfig& config) { config.method = "full", config.schedule.learning_rate = 1e-3; }, 1e-4},
     {"FullMuon", [](TrainConfig& config) { config.method = "full", config.optimizer.kind = "muon", config.schedule.learning_rate = 1e-3; }, 2e-2},
     {"FullUntied", [](TrainConfig& config) { config.method = "full", config.schedule.learning_rate = 1e-3; }, 1e-4, "llama_untied"},
+    {"GemmaSoftCaps", [](TrainConfig&) {}, 1e-4, "gemma2"},
     {"GemmaWindows", [](TrainConfig&) {}, 1e-4, "gemma3"},
     {"Phi", [](TrainConfig&) {}, 1e-4, "phi3"},
 };

@@ -8,6 +8,7 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/randn.h>
 #include <ATen/ops/softmax.h>
+#include <ATen/ops/tanh.h>
 #include <ATen/ops/zeros.h>
 #include <gtest/gtest.h>
 
@@ -34,6 +35,8 @@ models::Linear head_of(const at::Tensor& weight_VD) {
   return head;
 }
 
+at::Tensor capped(const at::Tensor& logits, double soft_cap) { return soft_cap > 0 ? at::tanh(logits / soft_cap) * soft_cap : logits; }
+
 // More kept rows than a chunk of 512, masked rows, two teachers of other widths with weights of which some are 0, and heads of
 // other sizes than the student's of 200 tokens.
 struct Case {
@@ -59,7 +62,7 @@ struct Case {
     const double t = mix.imitation.temperature;
     at::Tensor imitation = at::zeros({}, at::kDouble);
     for (std::size_t i = 0; i < 2; ++i) {
-      const at::Tensor teacher_KV = at::matmul(teacher_hidden_KD[i].to(at::kDouble), teacher_head[i].weight_OI.to(at::kDouble).t()).narrow(1, 0, mix.shared_vocabulary) / t;
+      const at::Tensor teacher_KV = capped(at::matmul(teacher_hidden_KD[i].to(at::kDouble), teacher_head[i].weight_OI.to(at::kDouble).t()), teacher_head[i].soft_cap).narrow(1, 0, mix.shared_vocabulary) / t;
       const at::Tensor log_p_KV = at::log_softmax(teacher_KV, 1), log_s_KV = at::log_softmax(logits_KV.narrow(1, 0, mix.shared_vocabulary) / t, 1);
       at::Tensor kl_K = (log_p_KV.exp() * (log_p_KV - log_s_KV)).sum(1) * t * t;
       if (weights_K[i].defined()) kl_K = kl_K * weights_K[i];
@@ -71,12 +74,14 @@ struct Case {
 };
 
 TEST(Imitation, IsTheFormulaOnWholeLogitsForEveryHead) {
-  const Case c;
-  for (const std::string kind : {"frozen", "trained", "adapter"}) {
+  Case c;
+  for (const std::string kind : {"frozen", "trained", "adapter", "capped", "capped trained", "capped adapter"}) {
     SCOPED_TRACE(kind);
-    models::Linear head = head_of(kind == "trained" ? leaf(c.weight_VD) : c.weight_VD);
+    const bool trained = kind.ends_with("trained"), adapted = kind.ends_with("adapter");
+    models::Linear head = head_of(trained ? leaf(c.weight_VD) : c.weight_VD);
+    if (kind.starts_with("capped")) head.soft_cap = 3, c.teacher_head[0].soft_cap = 2;  // the other teacher has none
     const at::Tensor a_RI = at::randn({2, Case::kWidth}), b_OR = at::randn({Case::kVocabulary, 2});
-    if (kind == "adapter") head.adapter = models::Adapter{.a_RI = leaf(a_RI), .b_OR = leaf(b_OR), .magnitude_O = {}, .scale = 0.5};
+    if (adapted) head.adapter = models::Adapter{.a_RI = leaf(a_RI), .b_OR = leaf(b_OR), .magnitude_O = {}, .scale = 0.5};
     const at::Tensor hidden_TD = leaf(c.hidden_TD);
     Nats nats, expected_nats;
     const auto teachers = c.teachers();
@@ -85,17 +90,17 @@ TEST(Imitation, IsTheFormulaOnWholeLogitsForEveryHead) {
 
     const at::Tensor h = leaf(c.hidden_TD.to(at::kDouble)), w = leaf(c.weight_VD.to(at::kDouble)), a = leaf(a_RI.to(at::kDouble)), b = leaf(b_OR.to(at::kDouble));
     at::Tensor logits_TV = at::matmul(h, w.t());
-    if (kind == "adapter") logits_TV = logits_TV + at::matmul(at::matmul(h, a.t()), b.t()) * 0.5;
-    const at::Tensor expected = c.plain(logits_TV, expected_nats);
+    if (adapted) logits_TV = logits_TV + at::matmul(at::matmul(h, a.t()), b.t()) * 0.5;
+    const at::Tensor expected = c.plain(capped(logits_TV, head.soft_cap), expected_nats);
     (expected * 2).backward();
     EXPECT_TRUE(is_close(loss, expected, {.relative = 2e-6}));
     EXPECT_NEAR(nats.cross_entropy, expected_nats.cross_entropy, 2e-6 * expected_nats.cross_entropy);
     EXPECT_NEAR(nats.divergence, expected_nats.divergence, 2e-6 * expected_nats.divergence);
     EXPECT_TRUE(is_close_to_scale(hidden_TD.grad(), h.grad(), 5e-6));
-    if (kind == "trained") {
+    if (trained) {
       EXPECT_TRUE(is_close_to_scale(head.weight_OI.grad(), w.grad(), 1e-5));
     }
-    if (kind == "adapter") {
+    if (adapted) {
       EXPECT_TRUE(is_close_to_scale(head.adapter->a_RI.grad(), a.grad(), 1e-5));
       EXPECT_TRUE(is_close_to_scale(head.adapter->b_OR.grad(), b.grad(), 1e-5));
     }

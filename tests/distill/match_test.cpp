@@ -529,6 +529,8 @@ TEST(MatchRun, WhatCannotBeMatchedIsRefusedBeforeAnythingIsLoaded) {
   refused("kk is compared head by head, but the student has 1 heads of keys and the teacher " + wide.string() + " 2 / set relation_heads", {.attention = 1, .relations = {"kk"}});
   refused("5 does not divide the 16 numbers of queries of the student / use a divisor of 16", {.attention = 1, .relation_heads = 5});
   refused("of distill.match.relations only qk", {.attention = 1, .relations = {"qk"}, .relation_heads = 2});
+  refused("qk is not implemented for attention with soft-capped scores, which the student has / use relations: [qq, kk, vv]", {.attention = 1, .relations = {"qk"}},
+          [](DistillConfig& config) { config.train.model = testing::golden_path("peft/gemma2"); });
   refused("\"qv\" is unknown", {.attention = 1, .relations = {"qv"}});
   refused("vv stands twice", {.attention = 1, .relations = {"vv", "vv"}});
   refused("relations is empty", {.attention = 1, .relations = {}});

@@ -27,6 +27,7 @@ def models():
     common = dict(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
                   num_key_value_heads=1, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=None)
     made = {
+        "gemma2": (t.Gemma2ForCausalLM, t.Gemma2Config(**common, head_dim=8, sliding_window=8, query_pre_attn_scalar=8, attn_logit_softcapping=2.0, final_logit_softcapping=4.0)),
         "llama_tied": (t.LlamaForCausalLM, t.LlamaConfig(**common, tie_word_embeddings=True)),
         "llama_untied": (t.LlamaForCausalLM, t.LlamaConfig(**common, tie_word_embeddings=False)),
         "qwen2": (t.Qwen2ForCausalLM, t.Qwen2Config(**common, tie_word_embeddings=True)),
@@ -34,7 +35,7 @@ def models():
         "gemma3": (t.Gemma3ForCausalLM, t.Gemma3TextConfig(**common, head_dim=8, sliding_window=8, query_pre_attn_scalar=8,
                                                            layer_types=["sliding_attention", "full_attention"])),
     }
-    for number, (name, (kind, config)) in enumerate(made.items()):
+    for number, (name, (kind, config)) in enumerate(made.items(), -1):  # what PEFT draws follows the last one: newer ones come first
         torch.manual_seed(SEED + number)
         model = kind(config).eval()
         with torch.no_grad():
@@ -60,6 +61,7 @@ FOLDERS = {
     "phi3.lora": dict(r=4, lora_alpha=8, target_modules="all-linear"),
     "phi3.dora": dict(r=4, lora_alpha=8, use_dora=True, target_modules=["qkv_proj", "gate_up_proj"]),
     "gemma3.lora": dict(r=4, lora_alpha=8, target_modules="all-linear", modules_to_save=["embed_tokens"]),
+    "gemma2.lora": dict(r=4, lora_alpha=8, target_modules="all-linear"),
 }
 
 # Configs of which only the matching is asked; an entry may be one that PEFT refuses.

@@ -75,6 +75,8 @@ const Method kMethods[] = {
     {"TokenRowsOfBoth", "llama_untied", [](TrainConfig& config) { config.lora.trainable_tokens = {"3", "10..20"}, config.lora.trainable_tokens_head = true; }, {kHead, kEmbedding}},
     {"Nf4", "llama_tied", [](TrainConfig& config) { config.quantize_base = "nf4"; }, {}, true},
     {"Nf4Bf16SinglePhi3", "phi3", [](TrainConfig& config) { config.quantize_base = "nf4", config.nf4_double_quant = false, config.compute_type = "bf16"; }},
+    {"Gemma2", "gemma2", [](TrainConfig&) {}, {}, true},
+    {"Gemma2Smoothed", "gemma2", [](TrainConfig& config) { config.loss = {.label_smoothing = 0.1, .z_loss = 1e-3}, config.compute_type = "bf16"; }, {}, true},
     {"Nf4DoraGemma", "gemma3", [](TrainConfig& config) { config.quantize_base = "nf4", config.lora.dora = true; }, {}, true},
     {"StoredNf4", "../bitsandbytes/nf4", [](TrainConfig&) {}},  // a folder that transformers quantised
     {"Int8SavedQwen", "qwen2", [](TrainConfig& config) { config.quantize_base = "int8", save(config, {"embed_tokens"}); }, {kEmbedding}},
