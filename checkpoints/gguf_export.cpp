@@ -69,7 +69,7 @@ class Describer {
       known += (known.empty() ? "" : ", ") + std::string(candidate.model_type);
     }
     if (out_.architecture == nullptr) fail(ErrorKind::kData, source_, ": llama.cpp has no architecture for the family ", model_type, "; these are exported: ", known);
-    const bool gemma = model_type == "gemma3_text", phi = model_type == "phi3";
+    const bool gemma2 = model_type == "gemma2", gemma = gemma2 || model_type == "gemma3_text", phi = model_type == "phi3";
 
     whole("block_count", config_.num_layers);
     whole("context_length", config_.max_positions);
@@ -78,7 +78,8 @@ class Describer {
     whole("attention.head_count", config_.num_heads);
     whole("attention.head_count_kv", config_.num_kv_heads);
     number("attention.layer_norm_rms_epsilon", config_.norm_epsilon);
-    number("rope.freq_base", config_.rope.theta);
+    if (!gemma2) number("rope.freq_base", config_.rope.theta);
+    else if (config_.rope.theta != config_.family->rope_theta) problem("a rope_theta other than ", config_.family->rope_theta);
     const bool own_head_size = config_.head_size * config_.num_heads != config_.hidden_size;
     if (own_head_size || gemma || (config_.source.contains("head_dim") && !config_.source["head_dim"].is_null())) {
       whole("attention.key_length", config_.head_size);
@@ -92,7 +93,7 @@ class Describer {
     if (phi) whole("rope.dimension_count", config_.rope.rotary_size);
     if (config_.gelu_tanh != gemma) problem("the activation ", config_.gelu_tanh ? "gelu_pytorch_tanh" : "silu");
     if ((config_.output_bias || config_.mlp_bias) && !out_.architecture->output_and_mlp_bias) problem("biases of the attention's output or of the MLP");
-    scaling(phi, gemma);
+    scaling(phi, gemma && !gemma2);
     layers(model_type, gemma, phi);
     if (!problems_.empty())
       fail(ErrorKind::kData, source_, ": llama.cpp's ", out_.architecture->gguf, " has not: ", joined(problems_), Remedy{"this model computes something that llama.cpp would leave out, so it is not exported"});
@@ -193,15 +194,20 @@ class Describer {
       const models::LayerConfig& layer = config_.layers[i];
       const auto number_of = static_cast<std::int64_t>(i) + 1;
       window = std::max(window, layer.window);
-      if (gemma && (layer.window > 0) != (number_of % 6 != 0)) return problem("layer ", i, ": every sixth layer sees everything, the others slide");
+      const std::int64_t pattern = config_.family->sliding_pattern;
+      if (gemma && (layer.window > 0) != (number_of % pattern != 0)) return problem("layer ", i, ": every ", pattern == 2 ? "second" : "sixth", " layer sees everything, the others slide");
       if (model_type == "smollm3" && layer.use_rope != (number_of % 4 != 0)) return problem("layer ", i, ": every fourth layer is without positions, the others are rotated");
       if (model_type != "smollm3" && !layer.use_rope) return problem("layer ", i, ": layers without positions");
     }
     if (gemma) {
       whole("attention.sliding_window", window);
-      constexpr std::int64_t kLayersOf27B = 62;
-      const double scaled_by = static_cast<double>(config_.num_layers == kLayersOf27B ? config_.hidden_size / config_.num_heads : config_.head_size);
+      const double scaled_by = static_cast<double>(config_.num_layers == gemma_layers_of_27b(model_type) ? config_.hidden_size / config_.num_heads : config_.head_size);
       if (std::abs(config_.attention_scale * std::sqrt(scaled_by) - 1) > 1e-6) problem("query_pre_attn_scalar other than ", scaled_by);
+      if (model_type == "gemma2") {
+        number("attn_logit_softcapping", config_.attention_soft_cap);
+        number("final_logit_softcapping", config_.logit_soft_cap);
+        if (config_.attention_soft_cap == 0 || config_.logit_soft_cap == 0) problem("Gemma 2 without soft caps");
+      }
       return;
     }
     // Zero tells Phi-4 from the Phi-3 that llama.cpp knows by heart.

@@ -136,10 +136,12 @@ std::vector<std::int64_t> end_ids(const Metadata& metadata) {
   return ids;
 }
 
+constexpr std::int64_t kGemma2Window = 4096;  // llama.cpp's, where the file has none
+
 Json make_config(Metadata& metadata, const GgufArchitecture& architecture, const GgufFile& file, at::ScalarType weights) {
   const models::Family& family = models::find_family(architecture.model_type);
   const std::string model_type(architecture.model_type);
-  const bool gemma = model_type == "gemma3_text";
+  const bool gemma2 = model_type == "gemma2", gemma = gemma2 || model_type == "gemma3_text";
   const auto num_layers = metadata.need<std::int64_t>("block_count"), hidden = metadata.need<std::int64_t>("embedding_length");
   const auto num_heads = metadata.need<std::int64_t>("attention.head_count"), num_kv_heads = metadata.get<std::int64_t>("attention.head_count_kv", num_heads);
   if (num_layers < 1 || num_layers > 10000 || hidden < 1 || num_heads < 1 || num_kv_heads < 1)
@@ -182,16 +184,18 @@ Json make_config(Metadata& metadata, const GgufArchitecture& architecture, const
 
   const auto window = metadata.get<std::int64_t>("attention.sliding_window", 0);
   if (gemma) {
-    // Fixed in llama.cpp as well: every sixth layer sees everything; the 27B model alone scales by hidden size / heads.
-    constexpr std::int64_t kPattern = 6, kLayersOf27B = 62;
+    // Fixed in llama.cpp as well: every second or sixth layer sees everything; the 27B model alone scales by hidden size / heads.
     Json types = Json::array();
-    for (std::int64_t layer = 1; layer <= num_layers; ++layer) types.push_back(layer % kPattern == 0 ? "full_attention" : "sliding_attention");
+    for (std::int64_t layer = 1; layer <= num_layers; ++layer) types.push_back(layer % family.sliding_pattern == 0 ? "full_attention" : "sliding_attention");
     config["layer_types"] = types;
-    config["sliding_window"] = window;
-    config["rope_local_base_freq"] = metadata.get<double>("rope.freq_base_swa", family.local_rope_theta);
-    config["query_pre_attn_scalar"] = num_layers == kLayersOf27B ? hidden / num_heads : head_size;
-    if (metadata.get<double>("final_logit_softcapping", 0) != 0 || metadata.get<double>("attn_logit_softcapping", 0) != 0)
+    config["sliding_window"] = gemma2 && window == 0 ? kGemma2Window : window;
+    if (!gemma2) config["rope_local_base_freq"] = metadata.get<double>("rope.freq_base_swa", family.local_rope_theta);
+    config["query_pre_attn_scalar"] = num_layers == gemma_layers_of_27b(model_type) ? hidden / num_heads : head_size;
+    if (gemma2) {
+      for (const auto& [key, published] : {std::pair{"attn_logit_softcapping", 50.0}, std::pair{"final_logit_softcapping", 30.0}}) config[key] = metadata.get<double>(key, published);
+    } else if (metadata.get<double>("final_logit_softcapping", 0) != 0 || metadata.get<double>("attn_logit_softcapping", 0) != 0) {
       fail(ErrorKind::kData, metadata.source(), ": soft-capped logits are not implemented for gemma3");
+    }
     metadata.get<Json>("attention.sliding_window_pattern", nullptr);
   } else if (model_type == "phi3") {
     config["sliding_window"] = window > 0 ? Json(window) : Json(nullptr);

@@ -46,6 +46,7 @@ constexpr GgufArchitecture kArchitectures[] = {
     {.gguf = "smollm3", .model_type = "smollm3", .rotated_in_pairs = true},
     {.gguf = "qwen2", .model_type = "qwen2"},
     {.gguf = "qwen3", .model_type = "qwen3"},
+    {.gguf = "gemma2", .model_type = "gemma2"},
     {.gguf = "gemma3", .model_type = "gemma3_text"},
     {.gguf = "phi3", .model_type = "phi3"},
 };
@@ -67,6 +68,8 @@ at::Tensor turned(const at::Tensor& tensor, std::int64_t heads, std::int64_t col
 }  // namespace
 
 std::span<const GgufArchitecture> gguf_architectures() { return kArchitectures; }
+
+std::int64_t gemma_layers_of_27b(std::string_view model_type) { return model_type == "gemma2" ? 46 : 62; }
 
 std::vector<GgufMove> gguf_moves(const models::ModelConfig& config, const GgufArchitecture& architecture) {
   struct Place {

@@ -23,6 +23,9 @@ struct GgufArchitecture {
 };
 std::span<const GgufArchitecture> gguf_architectures();
 
+/// The size of Gemma that alone scales attention by hidden size / heads in place of the head size, as llama.cpp knows it.
+std::int64_t gemma_layers_of_27b(std::string_view model_type);
+
 /// One tensor: its two names, its shape, and how the values differ.
 struct GgufMove {
   std::string gguf, published;

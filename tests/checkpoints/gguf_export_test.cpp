@@ -85,6 +85,39 @@ struct Folder {
   }
 };
 
+TEST(GgufExport, Gemma2KeepsItsSoftCaps) {
+  const auto gemma = [](Folder& folder) {
+    folder.config.update({{"architectures", {"Gemma2ForCausalLM"}}, {"model_type", "gemma2"}, {"hidden_activation", "gelu_pytorch_tanh"}, {"head_dim", 16}, {"query_pre_attn_scalar", 16},
+                          {"sliding_window", 32}, {"attn_logit_softcapping", 20.0}, {"final_logit_softcapping", 10.0}});
+  };
+  Folder folder;
+  gemma(folder);
+  folder.write();
+  export_gguf(folder.request);
+  const Json keys = GgufFile(folder.request.output).metadata();
+  EXPECT_EQ(keys["general.architecture"], "gemma2");
+  EXPECT_EQ(keys["gemma2.attn_logit_softcapping"], 20);
+  EXPECT_EQ(keys["gemma2.final_logit_softcapping"], 10);
+  EXPECT_EQ(keys["gemma2.attention.sliding_window"], 32);
+  import_gguf(folder.request.output, folder.scratch / "back");
+  const models::ModelConfig back = models::read_model_config(folder.scratch / "back");
+  EXPECT_EQ(back.attention_soft_cap, 20);
+  EXPECT_EQ(back.logit_soft_cap, 10);
+  EXPECT_EQ(back.layers[0].window, 32);
+  EXPECT_EQ(back.layers[1].window, 0);
+  for (const auto& [words, change] : std::map<std::string, std::function<void(Json&)>>{
+           {"Gemma 2 without soft caps", [](Json& config) { config["final_logit_softcapping"] = nullptr; }},
+           {"a rope_theta other than 10000", [](Json& config) { config["rope_theta"] = 500.0; }},
+           {"layer 1: every second layer sees everything", [](Json& config) { config["layer_types"] = {"sliding_attention", "sliding_attention"}; }},
+           {"query_pre_attn_scalar other than 16", [](Json& config) { config["query_pre_attn_scalar"] = 12; }}}) {
+    Folder other;
+    gemma(other);
+    change(other.config);
+    other.write();
+    EXPECT_TRUE(other.refused(ErrorKind::kData, words)) << words;
+  }
+}
+
 TEST(GgufExport, ComesBackBitForBit) {
   Folder folder;
   folder.write();

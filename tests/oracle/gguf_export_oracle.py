@@ -18,6 +18,7 @@ from gguf_export_checks import assert_same_tensors, export, fields_of, logits_of
 from varied_texts import varied_texts
 
 SEED = 20261124
+GEMMA = ("gemma2", "gemma3")
 TYPES = {"f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2, "q4_1": 3, "q5_0": 8, "q5_1": 9, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16, "q5_k_m": 17, "q6_k": 18}
 TEXT = "Distillation lets a small model learn from a large one. The teacher's probabilities say more than the text alone.\n" * 40
 
@@ -64,6 +65,8 @@ def tiny_models():
     yield "qwen2", t.Qwen2ForCausalLM(t.Qwen2Config(**shared, rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6, "original_max_position_embeddings": 128}))
     yield "qwen3", t.Qwen3ForCausalLM(t.Qwen3Config(**shared, head_dim=32, tie_word_embeddings=True))
     yield "smollm3", t.SmolLM3ForCausalLM(t.SmolLM3Config(**{**shared, "num_hidden_layers": 5, "pad_token_id": 261}))
+    yield "gemma2", t.Gemma2ForCausalLM(t.Gemma2Config(**{**shared, "pad_token_id": 261}, head_dim=32, query_pre_attn_scalar=32, sliding_window=16, attn_logit_softcapping=2.0,
+                                                       final_logit_softcapping=3.0, attn_implementation="eager"))
     yield "gemma3", t.Gemma3ForCausalLM(t.Gemma3TextConfig(**{**shared, "num_hidden_layers": 7, "pad_token_id": 261}, head_dim=32, query_pre_attn_scalar=32, sliding_window=16))
     yield "phi3", t.Phi3ForCausalLM(t.Phi3Config(**{**shared, "pad_token_id": 261}, original_max_position_embeddings=512, tie_word_embeddings=False))
     yield "phi3", t.Phi3ForCausalLM(t.Phi3Config(**{**shared, "max_position_embeddings": 1024, "pad_token_id": 261}, original_max_position_embeddings=256,
@@ -117,8 +120,8 @@ def check_families(alambic, scratch, cpp):
             values, greedy = cpp.logits(gguf, ids, greedy=16 if length == 40 else 0)
             expected = logits_of(model, ids)
             # llama.cpp's GELU goes through a table of halves.
-            oracle.assert_close(values, expected, 0, (5e-3 if architecture == "gemma3" else 2e-5) * float(expected.abs().max()), f"{what}, {length} tokens: logits in llama.cpp")
-            if greedy and architecture != "gemma3":
+            oracle.assert_close(values, expected, 0, (5e-3 if architecture in GEMMA else 2e-5) * float(expected.abs().max()), f"{what}, {length} tokens: logits in llama.cpp")
+            if greedy and architecture not in GEMMA:
                 following = list(ids)
                 for _ in greedy:
                     following.append(int(logits_of(model, following)[-1].argmax()))
@@ -130,7 +133,7 @@ def check_families(alambic, scratch, cpp):
         original, again = load_file(folder / "model.safetensors"), load_file(back / "model.safetensors")
         assert original.keys() == again.keys(), (what, original.keys() ^ again.keys())
         for name, tensor in original.items():
-            if architecture == "gemma3" and name.endswith("norm.weight"):
+            if architecture in GEMMA and name.endswith("norm.weight"):
                 oracle.assert_close(again[name], tensor, 0, 1.2e-7, f"{what}: {name} after import")
             else:
                 assert torch.equal(again[name], tensor), f"{what}: {name} is not the same after export and import"
@@ -139,16 +142,16 @@ def check_families(alambic, scratch, cpp):
             converted += 1
             assert_same_metadata(gguf, scratch / f"their-{number}.gguf", what)
             # For Gemma the converter drops rows of the embedding that have no token.
-            assert_same_tensors(gguf, scratch / f"their-{number}.gguf", what + " against the converter", but={"token_embd.weight"} if architecture == "gemma3" else set())
+            assert_same_tensors(gguf, scratch / f"their-{number}.gguf", what + " against the converter", but={"token_embd.weight"} if architecture in GEMMA else set())
         else:
-            assert architecture == "phi3" and "tokenizer.model" in said, f"{what}: the converter failed: {said}"
+            assert architecture in ("gemma2", "phi3") and "tokenizer.model" in said, f"{what}: the converter failed: {said}"
         for kind in ("q4_k_m", "q5_k_s", "q4_k_s", "q5_k_m", "q6_k", "q8_0", "q4_0"):
             quantised, theirs = scratch / f"{number}-{kind}.gguf", scratch / f"their-{number}-{kind}.gguf"
             export(alambic, folder, quantised, kind)
             cpp.quantize(gguf, theirs, TYPES[kind])
             assert_same_tensors(quantised, theirs, f"{what} as {kind}")
             quantised.unlink(), theirs.unlink()
-    assert seen == {"llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3", "phi3"}, seen
+    assert seen == {"llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3", "phi3"}, seen
     print(f"{number + 1} tiny models run in llama.cpp, {converted} have the converter's metadata", flush=True)
 
 

@@ -105,14 +105,17 @@ def write_gguf(model, path, architecture, tokenizer_metadata):
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(rope["rope_theta"])
-    if architecture in ("qwen3", "gemma3", "smollm3") or head_size * config.num_attention_heads != config.hidden_size:
+    if architecture in ("qwen3", "gemma2", "gemma3", "smollm3") or head_size * config.num_attention_heads != config.hidden_size:
         writer.add_key_length(head_size)
         writer.add_value_length(head_size)
     if architecture in ("llama", "smollm3"):
         writer.add_vocab_size(config.vocab_size)
         writer.add_rope_dimension_count(head_size)
-    if architecture == "gemma3":
+    if architecture in ("gemma2", "gemma3"):
         writer.add_sliding_window(config.sliding_window)
+    if architecture == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
     permute = architecture in ("llama", "smollm3")
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf_scaling("linear"))
@@ -156,7 +159,7 @@ def write_gguf(model, path, architecture, tokenizer_metadata):
         if permute and (".q_proj." in name or ".k_proj." in name):
             heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
             values = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
-        if architecture == "gemma3" and name.endswith("norm.weight"):
+        if architecture in ("gemma2", "gemma3") and name.endswith("norm.weight"):
             values = values + 1
         stem, kind = name.rsplit(".", 1)
         writer.add_tensor(names.get_name(stem) + "." + kind, np.ascontiguousarray(values))
@@ -201,6 +204,8 @@ def tiny_models():
                                                                               "original_max_position_embeddings": 128}))
     yield "qwen3", t.Qwen3ForCausalLM(t.Qwen3Config(**shared, head_dim=32, tie_word_embeddings=True))
     yield "smollm3", t.SmolLM3ForCausalLM(t.SmolLM3Config(**{**shared, "num_hidden_layers": 5, "pad_token_id": 256}))
+    yield "gemma2", t.Gemma2ForCausalLM(t.Gemma2Config(**{**shared, "pad_token_id": 256}, head_dim=32, query_pre_attn_scalar=32, sliding_window=16, attn_logit_softcapping=2.0,
+                                                       final_logit_softcapping=3.0, attn_implementation="eager"))
     yield "gemma3", t.Gemma3ForCausalLM(t.Gemma3TextConfig(**{**shared, "num_hidden_layers": 7, "pad_token_id": 256}, head_dim=32, query_pre_attn_scalar=32,
                                                            sliding_window=16))
     yield "phi3", t.Phi3ForCausalLM(t.Phi3Config(**{**shared, "pad_token_id": 256}, original_max_position_embeddings=512, tie_word_embeddings=False))
@@ -232,7 +237,7 @@ def check_architectures(alambic, scratch):
         assert AutoTokenizer.from_pretrained(folder)("Hello")["input_ids"], architecture
         card = (folder / "README.md").read_text()
         assert card.startswith("---\nlicense: mit\n"), card[:200]
-    assert seen == {"llama", "qwen2", "qwen3", "smollm3", "gemma3", "phi3"}, seen
+    assert seen == {"llama", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3", "phi3"}, seen
 
 
 def live(alambic):
