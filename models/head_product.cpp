@@ -21,7 +21,7 @@ namespace {
 // A tile of 512 x 96 logits, its transpose, the hidden states and the sums of one thread stay in a megabyte of cache.
 constexpr std::int64_t kRows = 96, kVocabulary = 512;
 constexpr std::int64_t kVocabularyBf16 = 256;
-constexpr std::int64_t kTogether = 4;  // blocks of rows that share a tile once it is there, or widened
+constexpr std::int64_t kTogether = 4;  // blocks of rows that share a tile of f32 once it is widened
 
 ALAMBIC_VECTORISED float dot(const float* a, const float* b, std::int64_t count) {
   float sum = 0;
@@ -151,36 +151,30 @@ void tiled_cross_entropy_bf16(const at::Tensor& hidden_KD, const at::Tensor& wei
   const at::Tensor all_rows_D = sum_of_rows(weight_VD, smoothing);
   const RowLoss loss{.smoothing = smoothing, .z_loss = z_loss, .all_rows = data_or_null(all_rows_D), .D = D, .V = V, .soft_cap = soft_cap};
   at::parallel_for(0, blocks, 1, [&](std::int64_t begin, std::int64_t end) {
-    const std::int64_t together = std::min(kTogether, end - begin);
-    std::vector<Bf16Pair> turned(static_cast<std::size_t>(together * pairs * kRows)), weights(d_hidden != nullptr ? static_cast<std::size_t>(kTile / 2 * kRows) : 0);
-    std::vector<float> logits(static_cast<std::size_t>(kTile * kRows)), acc(d_hidden != nullptr ? static_cast<std::size_t>(together * kRows * D) : 0), m(static_cast<std::size_t>(together * kRows)),
-        l(m.size()), factor(kRows), h(static_cast<std::size_t>(D)), target_row(h.size()), slopes(soft_cap > 0 && d_hidden != nullptr ? logits.size() : 0);
-    for (std::int64_t first_block = begin; first_block < end; first_block += together) {
-      const std::int64_t num_blocks = std::min(together, end - first_block), first = first_block * kRows;
+    std::vector<Bf16Pair> turned(static_cast<std::size_t>(pairs * kRows)), weights(d_hidden != nullptr ? static_cast<std::size_t>(kTile / 2 * kRows) : 0);
+    std::vector<float> logits(static_cast<std::size_t>(kTile * kRows)), acc(d_hidden != nullptr ? static_cast<std::size_t>(kRows * D) : 0), m(kRows), l(kRows), factor(kRows), h(static_cast<std::size_t>(D)),
+        target_row(h.size()), slopes(soft_cap > 0 && d_hidden != nullptr ? logits.size() : 0);
+    for (std::int64_t block = begin; block < end; ++block) {
+      const std::int64_t first = block * kRows, rows = std::min(kRows, K - first);
       std::fill(turned.begin(), turned.end(), 0);  // rows behind the last: logits of 0, never read
-      for (std::int64_t b = 0; b < num_blocks; ++b)
-        pair_columns(hidden + (first + b * kRows) * D, D, turned.data() + b * pairs * kRows, kRows, std::min(kRows, K - first - b * kRows), D);
+      pair_columns(hidden + first * D, D, turned.data(), kRows, rows, D);
       std::fill(m.begin(), m.end(), tiles::kHidden);
       std::fill(l.begin(), l.end(), 0.0f);
       for (std::int64_t v0 = 0; v0 < V; v0 += kTile) {
         const std::int64_t count = std::min(kTile, V - v0);
         const at::BFloat16* const tile = weight + v0 * D;
-        for (std::int64_t b = 0; b < num_blocks; ++b) {
-          const std::int64_t rows = std::min(kRows, K - first - b * kRows);
-          float* const acc_of_block = acc.data() + b * kRows * D;
-          tile_product(count, kRows, D, tile, D, turned.data() + b * pairs * kRows, kRows, logits.data(), kRows, false);
-          if (soft_cap > 0) cap_logits(logits.data(), slopes.empty() ? nullptr : slopes.data(), count * kRows, static_cast<float>(soft_cap));
-          const bool shrinks = tiles::softmax_tile(logits.data(), count, kRows, m.data() + b * kRows, l.data() + b * kRows, factor.data());
-          if (d_hidden == nullptr) continue;
-          if (soft_cap > 0) multiply(logits.data(), slopes.data(), count * kRows);
-          if (shrinks && v0 > 0)
-            for (std::int64_t i = 0; i < rows; ++i)
-              if (factor[static_cast<std::size_t>(i)] != 1.0f) tiles::scale(acc_of_block + i * D, D, factor[static_cast<std::size_t>(i)]);
-          pair_rows(logits.data(), kRows, weights.data(), kRows, count, kRows);
-          tile_product_over_rows(kRows, D, count, weights.data(), kRows, tile, D, acc_of_block, D, v0 > 0);
-        }
+        tile_product(count, kRows, D, tile, D, turned.data(), kRows, logits.data(), kRows, false);
+        if (soft_cap > 0) cap_logits(logits.data(), slopes.empty() ? nullptr : slopes.data(), count * kRows, static_cast<float>(soft_cap));
+        const bool shrinks = tiles::softmax_tile(logits.data(), count, kRows, m.data(), l.data(), factor.data());
+        if (d_hidden == nullptr) continue;
+        if (soft_cap > 0) multiply(logits.data(), slopes.data(), count * kRows);
+        if (shrinks && v0 > 0)
+          for (std::int64_t i = 0; i < rows; ++i)
+            if (factor[static_cast<std::size_t>(i)] != 1.0f) tiles::scale(acc.data() + i * D, D, factor[static_cast<std::size_t>(i)]);
+        pair_rows(logits.data(), kRows, weights.data(), kRows, count, kRows);
+        tile_product_over_rows(kRows, D, count, weights.data(), kRows, tile, D, acc.data(), D, v0 > 0);
       }
-      for (std::int64_t i = 0; i < std::min(num_blocks * kRows, K - first); ++i) {
+      for (std::int64_t i = 0; i < rows; ++i) {
         const std::int64_t row = first + i;
         kernels::copy_rows(hidden + row * D, D, h.data(), D, 1, D);
         kernels::copy_rows(weight + targets[row] * D, D, target_row.data(), D, 1, D);
@@ -191,7 +185,7 @@ void tiled_cross_entropy_bf16(const at::Tensor& hidden_KD, const at::Tensor& wei
 }
 
 std::uint64_t tiled_cross_entropy_bytes(const at::Tensor& weight_VD, at::ScalarType compute_type, std::int64_t num_threads) {
-  if (compute_type == at::kBFloat16) return static_cast<std::uint64_t>(num_threads * (weight_VD.size(1) * kTogether * kRows * 3 / 2 + kVocabularyBf16 * kRows * 3 / 2)) * sizeof(float);
+  if (compute_type == at::kBFloat16) return static_cast<std::uint64_t>(num_threads * (weight_VD.size(1) * kRows * 3 / 2 + kVocabularyBf16 * kRows * 3 / 2)) * sizeof(float);
   if (weight_VD.scalar_type() == at::kFloat) return static_cast<std::uint64_t>(num_threads) << 20;
   return static_cast<std::uint64_t>(num_threads * weight_VD.size(1) * (kVocabulary + kTogether * 2 * kRows)) * sizeof(float);
 }
