@@ -26,7 +26,7 @@ class Heap {
     const auto pages = static_cast<std::size_t>(::sysconf(_SC_PHYS_PAGES)), page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
     void* const reserved = ::mmap(nullptr, pages * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (reserved == MAP_FAILED) return;  // limited address space: everything comes from malloc
-    ::madvise(reserved, pages * page, MADV_HUGEPAGE);  // rows of a matrix are further apart than a page, and addresses of few pages are at hand
+    ::madvise(reserved, pages * page, MADV_HUGEPAGE);  // only a wish: neighbouring rows lie in pages of their own, and the processor remembers where few pages are
     base_ = static_cast<char*>(reserved);
     free_[0] = size_ = pages * page;
   }

@@ -41,22 +41,6 @@ ALAMBIC_VECTORISED void finish_row(float* d, const float* acc, float factor, con
   }
 }
 
-// Logits become capped ones, and slopes, unless nullptr, what the cap multiplies their gradients by.
-ALAMBIC_VECTORISED void cap_logits(float* logits, float* slopes, std::int64_t count, float cap) {
-  const float twice = 2.0f / cap;
-  if (slopes == nullptr) {
-#pragma omp simd
-    for (std::int64_t i = 0; i < count; ++i) logits[i] = cap * (1.0f - 2.0f / (1.0f + kernels::fast_exp(twice * logits[i])));
-  } else {
-#pragma omp simd
-    for (std::int64_t i = 0; i < count; ++i) {
-      const float share = 1.0f - 2.0f / (1.0f + kernels::fast_exp(twice * logits[i]));  // tanh
-      logits[i] = cap * share;
-      slopes[i] = 1.0f - share * share;
-    }
-  }
-}
-
 ALAMBIC_VECTORISED void multiply(float* x, const float* factors, std::int64_t count) {
 #pragma omp simd
   for (std::int64_t i = 0; i < count; ++i) x[i] *= factors[i];
@@ -122,7 +106,7 @@ void tiled_cross_entropy(const at::Tensor& hidden_KD, const at::Tensor& weight_V
           const std::int64_t rows = std::min(kRows, K - first - b * kRows);
           float* const acc_of_block = acc.data() + b * kRows * D;
           tile_product(count, kRows, D, tile, D, turned.data() + b * kRows * D, kRows, logits.data(), kRows, false);
-          if (soft_cap > 0) cap_logits(logits.data(), slopes.empty() ? nullptr : slopes.data(), count * kRows, static_cast<float>(soft_cap));
+          if (soft_cap > 0) tiles::soft_cap(logits.data(), slopes.empty() ? nullptr : slopes.data(), count * kRows, static_cast<float>(soft_cap));
           const bool shrinks = tiles::softmax_tile(logits.data(), count, kRows, m.data() + b * kRows, l.data() + b * kRows, factor.data());
           if (d_hidden == nullptr) continue;
           if (soft_cap > 0) multiply(logits.data(), slopes.data(), count * kRows);
@@ -164,7 +148,7 @@ void tiled_cross_entropy_bf16(const at::Tensor& hidden_KD, const at::Tensor& wei
         const std::int64_t count = std::min(kTile, V - v0);
         const at::BFloat16* const tile = weight + v0 * D;
         tile_product(count, kRows, D, tile, D, turned.data(), kRows, logits.data(), kRows, false);
-        if (soft_cap > 0) cap_logits(logits.data(), slopes.empty() ? nullptr : slopes.data(), count * kRows, static_cast<float>(soft_cap));
+        if (soft_cap > 0) tiles::soft_cap(logits.data(), slopes.empty() ? nullptr : slopes.data(), count * kRows, static_cast<float>(soft_cap));
         const bool shrinks = tiles::softmax_tile(logits.data(), count, kRows, m.data(), l.data(), factor.data());
         if (d_hidden == nullptr) continue;
         if (soft_cap > 0) multiply(logits.data(), slopes.data(), count * kRows);

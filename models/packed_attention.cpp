@@ -117,12 +117,6 @@ ALAMBIC_VECTORISED void hide(float* s, std::int64_t keys, std::int64_t R, std::i
   }
 }
 
-ALAMBIC_VECTORISED void cap(float* s, std::int64_t count, float soft_cap) {
-  const float twice = 2.0f / soft_cap;
-#pragma omp simd
-  for (std::int64_t i = 0; i < count; ++i) s[i] = soft_cap * (1.0f - 2.0f / (1.0f + fast_exp(twice * s[i])));  // tanh
-}
-
 // p, d [keys, R]: scores become probabilities, gradients of probabilities become those of scores.
 ALAMBIC_VECTORISED void backward_tile(float* p, float* d, std::int64_t keys, std::int64_t R, const float* lse, const float* delta, float soft_cap) {
   const float per_cap = soft_cap > 0 ? 1.0f / soft_cap : 0.0f;
@@ -186,7 +180,7 @@ void forward_tile(const AttentionShape& shape, const KeysOf<E>& block, std::int6
   for (std::int64_t k0 = begin; k0 < end; k0 += most_keys) {
     const std::int64_t keys = rounded_keys(std::min(most_keys, end - k0)), at_key = k0 - block.first;
     tile_product(keys, R, S, block.k + (head * block.rows + at_key) * S, S, queries.turned, queries.ld_turned, s, R, false);
-    if (shape.soft_cap > 0) cap(s, keys * R, static_cast<float>(shape.soft_cap));
+    if (shape.soft_cap > 0) tiles::soft_cap(s, nullptr, keys * R, static_cast<float>(shape.soft_cap));
     if (k0 + keys > std::min(q0, end) || (shape.window > 0 && k0 + shape.window < q0 + kQueries)) hide(s, keys, R, k0, end, q0, G, shape.window);
     const bool shrinks = softmax_tile(s, keys, R, m, l, factor);
     if (shrinks && goes_on) scale_columns(acc, S, R, factor);
@@ -261,7 +255,7 @@ void backward_keys(const AttentionShape& shape, const KeysOf<E>& block, std::int
     const std::int64_t keys = rounded_keys(std::min(most_keys, end - k0)), at_key = k0 - block.first, at_row = (head * block.rows + at_key) * S;
     tile_product(keys, R, S, block.k + at_row, S, queries.turned, queries.ld_turned, s, R, false);
     tile_product(keys, R, S, block.v + at_row, S, outputs.ogt, R, d, R, false);
-    if (shape.soft_cap > 0) cap(s, keys * R, static_cast<float>(shape.soft_cap));
+    if (shape.soft_cap > 0) tiles::soft_cap(s, nullptr, keys * R, static_cast<float>(shape.soft_cap));
     if (k0 + keys > std::min(q0, end) || (shape.window > 0 && k0 + shape.window < q0 + kQueries)) hide(s, keys, R, k0, end, q0, G, shape.window);
     backward_tile(s, d, keys, R, outputs.norm, outputs.delta, static_cast<float>(shape.soft_cap));
     tile_product(keys, S, R, as_left<E>(s, keys, R, 0), R, outputs.og, S, dv + (k0 - base) * S, S, true);

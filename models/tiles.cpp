@@ -39,6 +39,21 @@ ALAMBIC_VECTORISED bool softmax_tile(float* s, std::int64_t rows, std::int64_t c
   return shrinks;
 }
 
+ALAMBIC_VECTORISED void soft_cap(float* x, float* slopes, std::int64_t count, float cap) {
+  const float twice = 2.0f / cap;
+  if (slopes == nullptr) {
+#pragma omp simd
+    for (std::int64_t i = 0; i < count; ++i) x[i] = cap * (1.0f - 2.0f / (1.0f + fast_exp(twice * x[i])));
+  } else {
+#pragma omp simd
+    for (std::int64_t i = 0; i < count; ++i) {
+      const float share = 1.0f - 2.0f / (1.0f + fast_exp(twice * x[i]));  // tanh
+      x[i] = cap * share;
+      slopes[i] = 1.0f - share * share;
+    }
+  }
+}
+
 ALAMBIC_VECTORISED void scale_columns(float* acc, std::int64_t rows, std::int64_t R, const float* factor) {
   for (std::int64_t s = 0; s < rows; ++s) {
     float* const row = acc + s * R;

@@ -19,6 +19,9 @@ bool softmax_tile(float* s, std::int64_t rows, std::int64_t columns, float* m, f
 template <class T>
 void transpose(const T* from, std::int64_t ld_from, T* to, std::int64_t ld_to, std::int64_t rows, std::int64_t columns);
 
+/// x becomes cap * tanh(x / cap), and slopes, unless nullptr, what that multiplies gradients by.
+void soft_cap(float* x, float* slopes, std::int64_t count, float cap);
+
 void scale(float* x, std::int64_t count, float factor);
 /// x [rows, columns] times factor [columns].
 void scale_columns(float* x, std::int64_t rows, std::int64_t columns, const float* factor);
