@@ -3,10 +3,16 @@
 #include "models/packed_attention.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/equal.h>
+#include <ATen/ops/linspace.h>
+#include <ATen/ops/logspace.h>
+#include <ATen/ops/tanh.h>
 #include <gtest/gtest.h>
 #include <torch/csrc/autograd/autograd.h>
 
+#include "models/tiles.h"
 #include "tests/closeness.h"
 #include "tests/models/plain_attention.h"
 
@@ -37,6 +43,7 @@ const Case kCases[] = {
     {"WindowOfOne", shape_of(1, 1, 8, {70}, 1)},
     {"NarrowWindowLong", shape_of(1, 2, 8, {1300}, 33)},
     {"SoftCap", shape_of(1, 2, 16, {90, 10}, 0, 1.5)},
+    {"SoftCapFarAway", shape_of(1, 2, 16, {90, 10}, 0, 1e5)},
     {"SoftCapAndWindow", shape_of(1, 2, 16, {90, 300}, 40, 1.5)},
 };
 
@@ -92,6 +99,18 @@ TEST_P(PackedAttention, DoesNotDependOnThreads) {
     at::set_num_threads(threads);
     EXPECT_TRUE(at::equal(one.out_TQ, two.out_TQ)) << toString(type);
     EXPECT_TRUE(at::equal(one.d_qkv_TN, two.d_qkv_TN)) << toString(type);
+  }
+}
+
+TEST(Tiles, SoftCapIsTanhToTheLastPlaces) {
+  const at::Tensor x = at::cat({at::linspace(-100, 100, 4001), at::logspace(-20, 4, 500)}).to(at::kFloat);
+  for (const double cap : {1e-3, 1.0, 50.0, 1e5}) {
+    const at::Tensor y = x.clone(), z = x.clone(), slopes = at::empty_like(x), wide = at::tanh(x.to(at::kDouble) / cap) * cap;
+    tiles::soft_cap(y.mutable_data_ptr<float>(), nullptr, y.numel(), static_cast<float>(cap));
+    tiles::soft_cap(z.mutable_data_ptr<float>(), slopes.mutable_data_ptr<float>(), z.numel(), static_cast<float>(cap));
+    EXPECT_TRUE(at::equal(y, z));
+    EXPECT_LT(((y - wide) / wide.abs().clamp_min(1e-30)).abs().max().item<double>(), 5e-7) << cap;
+    EXPECT_LT((slopes - (1 - (wide / cap).square())).abs().max().item<double>(), 5e-7) << cap;
   }
 }
 
