@@ -9,6 +9,7 @@
 #include <cmath>
 #include <vector>
 
+#include "core/error.h"
 #include "core/vectorised.h"
 #include "models/bf16_tiles.h"
 #include "models/product.h"
@@ -65,7 +66,10 @@ struct RowLoss {
 };
 
 /// The sum of all rows of the head in f32, which is smoothing's target but for a factor; undefined without smoothing.
-at::Tensor sum_of_rows(const at::Tensor& weight_VD, double smoothing) { return smoothing > 0 ? weight_VD.to(at::kFloat).sum(0) : at::Tensor(); }
+at::Tensor sum_of_rows(const at::Tensor& weight_VD, double smoothing, double soft_cap) {
+  if (smoothing > 0 && soft_cap > 0) fail(ErrorKind::kBug, "label smoothing of soft-capped logits goes by chunks");
+  return smoothing > 0 ? weight_VD.to(at::kFloat).sum(0) : at::Tensor();
+}
 const float* data_or_null(const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr; }
 
 }  // namespace
@@ -77,7 +81,7 @@ void tiled_cross_entropy(const at::Tensor& hidden_KD, const at::Tensor& weight_V
   const std::int64_t most_together = is_wide ? 1 : kTogether;
   const float *const hidden = hidden_KD.const_data_ptr<float>(), *const weight = is_wide ? weight_VD.const_data_ptr<float>() : nullptr;
   float* const d_hidden = d_hidden_KD.defined() ? d_hidden_KD.mutable_data_ptr<float>() : nullptr;
-  const at::Tensor all_rows_D = sum_of_rows(weight_VD, smoothing);
+  const at::Tensor all_rows_D = sum_of_rows(weight_VD, smoothing, soft_cap);
   const RowLoss loss{.smoothing = smoothing, .z_loss = z_loss, .all_rows = data_or_null(all_rows_D), .D = D, .V = V, .soft_cap = soft_cap};
   at::parallel_for(0, blocks, 1, [&](std::int64_t begin, std::int64_t end) {
     const std::int64_t together = std::min(most_together, end - begin);
@@ -132,7 +136,7 @@ void tiled_cross_entropy_bf16(const at::Tensor& hidden_KD, const at::Tensor& wei
   const std::int64_t K = hidden_KD.size(0), D = hidden_KD.size(1), V = weight_VD.size(0), blocks = (K + kRows - 1) / kRows, pairs = (D + 1) / 2;
   const at::BFloat16 *const hidden = hidden_KD.const_data_ptr<at::BFloat16>(), *const weight = weight_VD.const_data_ptr<at::BFloat16>();
   float* const d_hidden = d_hidden_KD.defined() ? d_hidden_KD.mutable_data_ptr<float>() : nullptr;
-  const at::Tensor all_rows_D = sum_of_rows(weight_VD, smoothing);
+  const at::Tensor all_rows_D = sum_of_rows(weight_VD, smoothing, soft_cap);
   const RowLoss loss{.smoothing = smoothing, .z_loss = z_loss, .all_rows = data_or_null(all_rows_D), .D = D, .V = V, .soft_cap = soft_cap};
   at::parallel_for(0, blocks, 1, [&](std::int64_t begin, std::int64_t end) {
     std::vector<Bf16Pair> turned(static_cast<std::size_t>(pairs * kRows)), weights(d_hidden != nullptr ? static_cast<std::size_t>(kTile / 2 * kRows) : 0);
