@@ -89,8 +89,8 @@ int report_current_exception(std::ostream& err) {
     return say(err, full ? ErrorKind::kResource : ErrorKind::kData, error.path1().string() + ": " + error.code().message(), "check the path and its permissions");
   } catch (const c10::Error& error) {
     const std::string message = error.what_without_backtrace();
-    // libtorch's processor allocator has no exception type of its own.
-    if (message.find("DefaultCPUAllocator") != message.npos || message.find("not enough memory") != message.npos)
+    // A GPU's allocator has an exception type of its own, the processor's has none.
+    if (dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr || message.find("DefaultCPUAllocator") != message.npos || message.find("not enough memory") != message.npos)
       return say(err, ErrorKind::kResource, "out of memory: " + message.substr(0, message.find('\n')), kLessMemory);
     return say(err, ErrorKind::kBug, "libtorch: " + message.substr(0, message.find('\n')), kReport);
   } catch (const std::exception& error) {

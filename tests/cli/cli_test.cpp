@@ -195,6 +195,7 @@ TEST_F(CommandLine, EveryExceptionBecomesItsExitCode) {
   EXPECT_EQ(report([] { fail(ErrorKind::kBug, "a"); }).substr(0, 45), "70 alambic: a\n  remedy: this is a bug of alam");
   EXPECT_EQ(report([] { throw std::bad_alloc(); }).substr(0, 24), "5 alambic: out of memory");
   EXPECT_EQ(report([] { (void)at::empty({1ll << 46}); }).substr(0, 24), "5 alambic: out of memory");
+  EXPECT_EQ(report([] { TORCH_CHECK_WITH(OutOfMemoryError, false, "CUDA out of memory. Tried to allocate 2.00 GiB"); }).substr(0, 41), "5 alambic: out of memory: CUDA out of mem");  // as a GPU's allocator does
   EXPECT_EQ(report([] { (void)at::empty({2}).reshape({3}); }).substr(0, 21), "70 alambic: libtorch:");
   EXPECT_EQ(report([] { (void)fs::file_size("/no/such/file"); }).substr(0, 49), "3 alambic: /no/such/file: No such file or directo");
   EXPECT_EQ(report([] { throw fs::filesystem_error("x", "/full", std::make_error_code(std::errc::no_space_on_device)); }).substr(0, 19), "5 alambic: /full: N");
